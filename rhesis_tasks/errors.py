@@ -1,0 +1,116 @@
+"""Every error this library raises on purpose.
+
+One base class; the docstring of a class is its default message; the evidence is kept as attributes; the text
+says how to mend it.  Errors that are also a standard kind (``ValueError``, ``TypeError``, ``ImportError``)
+inherit from it, so that callers who know nothing of us catch them as usual.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "ContextError",
+    "DatabaseUnavailableError",
+    "HeaderError",
+    "InvalidTenantError",
+    "MissingExtraError",
+    "MissingTenantError",
+    "NotConfiguredError",
+    "NotSupportedError",
+    "RhesisTasksError",
+    "TaskArgumentsError",
+    "TaskDefinitionError",
+    "TenantConflictError",
+    "TenantSessionError",
+    "UnsafeConnectionError",
+]
+
+
+class RhesisTasksError(Exception):
+    """An error of rhesis-tasks."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or type(self).__doc__)
+
+
+class ConfigurationError(RhesisTasksError):
+    """The Celery application cannot be configured this way."""
+
+
+class NotConfiguredError(ConfigurationError):
+    """This Celery application is not configured.  Call rhesis_tasks.configure(app, ...) right after Celery(...)."""
+
+
+class NotSupportedError(RhesisTasksError):
+    """What was asked for is not available with this broker, result backend or version."""
+
+
+class MissingExtraError(RhesisTasksError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        self.module = module
+        self.extra = extra
+        super().__init__(f"{module!r} is not installed.  It comes with: pip install 'rhesis-tasks[{extra}]'")
+
+
+class ContextError(RhesisTasksError):
+    """The context of a piece of work is missing or wrong."""
+
+
+class InvalidTenantError(ContextError, ValueError):
+    """A tenant, or a value that travels with it, cannot be used."""
+
+    def __init__(self, message: str, *, field: str | None = None, value: object = None) -> None:
+        self.field = field
+        self.value = value
+        super().__init__(message)
+
+
+class MissingTenantError(ContextError):
+    """No tenant is active.  Open one with tenant_scope(...), or pass current_user= or context= to the launch."""
+
+
+class TenantConflictError(ContextError):
+    """Two sources name different tenants for the same work."""
+
+    def __init__(self, message: str, *, first: object = None, second: object = None) -> None:
+        self.first = first
+        self.second = second
+        super().__init__(message)
+
+
+class HeaderError(ContextError):
+    """The context header of a message cannot be read.  The task's body was not run."""
+
+    def __init__(self, message: str, *, header: object = None) -> None:
+        self.header = header
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[HeaderError], tuple[str]]:
+        # The offending header may hold anything; only its description goes to the result backend.
+        return type(self), (str(self),)
+
+
+class TaskDefinitionError(RhesisTasksError, TypeError):
+    """A task or a decorated function is defined in a way that cannot work."""
+
+
+class TaskArgumentsError(RhesisTasksError, TypeError):
+    """The arguments do not fit the task's signature."""
+
+
+class DatabaseUnavailableError(RhesisTasksError):
+    """The database cannot be reached."""
+
+    def __init__(self, message: str, *, url: str | None = None) -> None:
+        self.url = url
+        super().__init__(message)
+
+
+class TenantSessionError(RhesisTasksError):
+    """A tenant session cannot be used this way."""
+
+
+class UnsafeConnectionError(TenantSessionError):
+    """The database connection cannot enforce the tenant, so nothing is run on it."""

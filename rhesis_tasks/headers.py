@@ -1,0 +1,143 @@
+"""The one header in which context travels inside a Celery message.
+
+    {"rhesis_tasks": {"v": 1, "organization_id": "...", "user_id": "...", "project_id": "...",
+                      "extra": {...}, "vars": {...}}}
+
+Namespaced, because a header named ``get``, ``id`` or ``group`` would clobber Celery's own; versioned, so that
+an old worker can refuse what it does not understand.  Values are str, bool, int or None: AMQP refuses UUIDs
+and large ints, JSON brokers silently change them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .context import MISSING, TenantContext, current_tenant, registered_vars
+from .errors import HeaderError, InvalidTenantError
+
+__all__ = ["HEADER", "MAX_BYTES", "Envelope", "capture", "decode", "encode", "find"]
+
+HEADER: Final = "rhesis_tasks"
+VERSION: Final = 1
+MAX_BYTES: Final = 8192
+"""The largest context that may travel, in bytes of JSON."""
+
+_MAX_INT = 2**63
+_FLAT_KEYS = ("organization_id", "user_id")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Envelope:
+    """What travels with one message: the tenant and the registered variables."""
+
+    tenant: TenantContext | None = None
+    variables: Mapping[str, str | bool | int | None] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.tenant is not None or bool(self.variables)
+
+
+def capture(tenant: TenantContext | None = None) -> Envelope:
+    """The running context as it will travel; ``tenant`` replaces the active one.
+
+    Raises:
+        InvalidTenantError: a registered variable holds a value that cannot travel.
+    """
+    variables: dict[str, Any] = {}
+    for name, registered in registered_vars().items():
+        value = registered.dumped()
+        if value is not MISSING:
+            variables[name] = value
+    return Envelope(tenant or current_tenant(), variables)
+
+
+def encode(envelope: Envelope) -> dict[str, Any]:
+    """The header's value.
+
+    Raises:
+        InvalidTenantError: it is larger than MAX_BYTES, or holds an int beyond 64 bits.
+    """
+    value: dict[str, Any] = {"v": VERSION}
+    tenant = envelope.tenant
+    if tenant is not None:
+        value["organization_id"] = tenant.organization_id
+        if tenant.user_id is not None:
+            value["user_id"] = tenant.user_id
+        if tenant.project_id is not None:
+            value["project_id"] = tenant.project_id
+        if tenant.extra:
+            value["extra"] = dict(tenant.extra)
+    if envelope.variables:
+        value["vars"] = dict(envelope.variables)
+    if tenant is None or tenant.extra or envelope.variables:
+        _check_portable(value)
+    return value
+
+
+def _check_portable(value: dict[str, Any]) -> None:
+    for part in ("extra", "vars"):
+        for name, item in value.get(part, {}).items():
+            if isinstance(item, int) and not -_MAX_INT <= item < _MAX_INT:
+                raise InvalidTenantError(f"{name!r} is beyond 64 bits; send it as a str", field=name, value=item)
+    size = len(json.dumps(value))
+    if size > MAX_BYTES:
+        raise InvalidTenantError(
+            f"the context to travel has {size} bytes; at most {MAX_BYTES} are allowed.  Send a key and look the "
+            "rest up in the task",
+            field="vars",
+        )
+
+
+def decode(value: object) -> Envelope:
+    """What a header's value says.
+
+    Raises:
+        HeaderError: it is not one of ours, of a newer version, or holds a value that cannot be used.
+    """
+    if not isinstance(value, Mapping):
+        raise HeaderError(f"the context header is a {type(value).__name__}, not a mapping", header=value)
+    version = value.get("v")
+    if type(version) is not int or version < 1:
+        raise HeaderError(f"the context header has no usable version: {version!r:.40}", header=value)
+    if version > VERSION:
+        raise HeaderError(
+            f"the context header has version {version}, this worker understands up to {VERSION}.  Upgrade "
+            "rhesis-tasks on the workers before the publishers",
+            header=value,
+        )
+    variables = value.get("vars", {})
+    if not isinstance(variables, Mapping) or not all(
+        isinstance(name, str) and (item is None or isinstance(item, str | bool | int))
+        for name, item in variables.items()
+    ):
+        raise HeaderError("the variables in the context header are not a mapping of plain values", header=value)
+    try:
+        tenant = None
+        if value.get("organization_id") is not None:
+            tenant = TenantContext(
+                value["organization_id"], value.get("user_id"), value.get("project_id"), value.get("extra")
+            )
+        elif value.get("user_id") is not None or value.get("project_id") is not None:
+            raise HeaderError("the context header names a user or project without an organization", header=value)
+    except InvalidTenantError as error:
+        raise HeaderError(f"the context header cannot be used: {error}", header=value) from error
+    return Envelope(tenant, dict(variables))
+
+
+def find(carrier: Mapping[str, Any] | None) -> object:
+    """The context header inside a message's headers, still encoded; None if there is none.
+
+    Flat ``organization_id`` / ``user_id`` headers, as applications sent them before they used this library,
+    count as a header.
+    """
+    if not carrier:
+        return None
+    value = carrier.get(HEADER)
+    if value is not None:
+        return value
+    if carrier.get("organization_id") is not None:
+        return {"v": VERSION, **{key: carrier[key] for key in _FLAT_KEYS if carrier.get(key) is not None}}
+    return None

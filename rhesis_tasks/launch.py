@@ -1,0 +1,225 @@
+"""Launching work for a user: from a route, a script, or another task."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+from celery import Task
+from celery.canvas import Signature, maybe_signature
+from celery.local import Proxy
+from kombu.utils.uuid import uuid
+
+from .context import CurrentUser, TenantContext, resolve_tenant, tenant_scope
+from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError
+from .headers import HEADER, capture, encode
+from .propagation import is_installed
+from .task import BaseTask
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.result import AsyncResult
+
+__all__ = ["alaunch_with_context", "launch_with_context"]
+
+_OURS: Final = ("current_user", "context", "session", "idempotency_key", "options")
+
+
+def launch_with_context(
+    task_or_signature: Task[Any, Any] | Signature[Any],
+    /,
+    *args: Any,
+    current_user: CurrentUser | None = None,
+    context: TenantContext | None = None,
+    session: Any = None,
+    idempotency_key: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> AsyncResult[Any]:
+    """Launch a task, a signature or a whole canvas for a tenant.
+
+    The tenant is bound to every part at launch: a chord's body, links and error callbacks run as the launcher,
+    whichever task published them.
+
+    Args:
+        task_or_signature: a task, or anything made of signatures: chain, group, chord.
+        *args: positional arguments of the task; for a signature, prepended to its own as Celery does.
+        current_user: who launches it: anything with ``id`` and ``organization_id``.
+        context: the tenant itself, if there is no such object.  Without both, the active tenant.
+        session: reserved; launching inside a database transaction needs the PostgreSQL broker.
+        idempotency_key: reserved.
+        options: Celery's own options: ``queue``, ``countdown`` (seconds), ``priority``, ``expires``, ...
+        **kwargs: keyword arguments of the task.
+
+    Returns:
+        Celery's handle: an AsyncResult, or a GroupResult for a group.
+
+    Raises:
+        MissingTenantError: a part needs a tenant, and there is none.  Nothing was launched.
+        TenantConflictError: the arguments name another tenant than the active one.
+        InvalidTenantError: the user has no usable id or organization.
+        TaskArgumentsError: (a TypeError) the arguments do not fit, or the task has a parameter named like
+            one of ours; then launch ``task.s(...)``.
+        NotConfiguredError: the task's application was not configured.
+    """
+    target = _evaluated(task_or_signature)
+    app = target.app
+    if not is_installed(app):
+        raise NotConfiguredError(
+            f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after Celery(...)"
+        )
+    if session is not None or idempotency_key is not None:
+        raise NotSupportedError(
+            "session= and idempotency_key= are reserved: they need a broker that takes part in the database "
+            "transaction, which this one does not"
+        )
+    if isinstance(target, Task):
+        _check_arguments(target, args, kwargs)
+        signature = target.signature(args, kwargs)
+        args, kwargs = (), {}
+    else:
+        signature = target
+    tenant = resolve_tenant(context=context, current_user=current_user)
+    with tenant_scope(tenant) if tenant else nullcontext():
+        _check_parts(app, signature)
+        bound = _bound(signature, encode(capture()), app)
+        launch_options = dict(options or {})
+        task_id = launch_options.pop("task_id", None)
+        if signature.get("subtask_type") in ("chain", "chord"):
+            task_id = _record_whole(app, signature, task_id or uuid())
+        if task_id is not None:
+            launch_options["task_id"] = task_id
+        return bound.apply_async(args, kwargs, **launch_options)
+
+
+async def alaunch_with_context(
+    task_or_signature: Task[Any, Any] | Signature[Any],
+    /,
+    *args: Any,
+    current_user: CurrentUser | None = None,
+    context: TenantContext | None = None,
+    session: Any = None,
+    idempotency_key: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> AsyncResult[Any]:
+    """As :func:`launch_with_context`, in a thread, so that the event loop goes on meanwhile."""
+    return await asyncio.to_thread(
+        launch_with_context,
+        task_or_signature,
+        *args,
+        current_user=current_user,
+        context=context,
+        session=session,
+        idempotency_key=idempotency_key,
+        options=options,
+        **kwargs,
+    )
+
+
+def _evaluated(target: Any) -> Any:
+    if isinstance(target, Proxy):
+        target = target._get_current_object()  # @app.task makes a lazy task
+    if isinstance(target, Task | Signature):
+        return target
+    if isinstance(target, Mapping) and "task" in target:
+        return maybe_signature(target)
+    raise TaskArgumentsError(
+        f"launch_with_context takes a task or a signature, not {type(target).__name__}"
+        + (".  Is the function decorated with @app.task?" if callable(target) else "")
+    )
+
+
+def _check_arguments(task: Task[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    parameters = inspect.signature(task.run).parameters
+    clash = sorted(set(_OURS) & set(parameters))
+    if clash:
+        raise TaskArgumentsError(
+            f"task {task.name} has a parameter named like one of launch_with_context's own: {', '.join(clash)}.  "
+            "Launch a signature instead: launch_with_context(task.s(...), ...)"
+        )
+    check = getattr(task, "__header__", None)
+    if task.typing and check is not None:
+        try:
+            check(*args, **kwargs)
+        except TypeError as error:
+            raise TaskArgumentsError(
+                f"{error}; task {task.name} is called as {task.name.rpartition('.')[2]}{_shown(task)}"
+            ) from None
+
+
+def _shown(task: Task[Any, Any]) -> str:
+    return str(inspect.signature(task.run))
+
+
+# --- canvas ----------------------------------------------------------------------------------------------------
+
+
+def _parts(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A signature and all signatures in it, in the dict form that all of them have."""
+    yield signature
+    kwargs = signature.get("kwargs") or {}
+    options = signature.get("options") or {}
+    kind = signature.get("subtask_type")
+    nested: list[Any] = []
+    if kind in ("chain", "group"):
+        nested += kwargs["tasks"]
+    elif kind == "chord":
+        header = kwargs["header"]
+        nested += [header] if isinstance(header, Mapping) else list(header)
+        nested.append(kwargs["body"])
+    for key in ("link", "link_error"):
+        nested += _listed(options.get(key))
+    for part in nested:
+        if part is not None:
+            yield from _parts(part)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_parts(app: Celery, signature: Mapping[str, Any]) -> None:
+    """Refuse the whole before any part is published."""
+    for part in _parts(signature):
+        task = app.tasks.get(part["task"])
+        if isinstance(task, BaseTask):
+            task.check_launch((part.get("options") or {}).get("headers"))
+
+
+def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) -> Signature[Any]:
+    """A copy of a signature, every part of which carries the header.  The caller's own is left as it is."""
+    options = dict(signature.get("options") or {})
+    kwargs = dict(signature.get("kwargs") or {})
+    kind = signature.get("subtask_type")
+    if kind in ("chain", "group"):
+        kwargs["tasks"] = [_bound(part, header, app) for part in kwargs["tasks"]]
+    elif kind == "chord":
+        parts = kwargs["header"]
+        kwargs["header"] = (
+            _bound(parts, header, app)
+            if isinstance(parts, Mapping)
+            else [_bound(part, header, app) for part in parts]
+        )
+        kwargs["body"] = _bound(kwargs["body"], header, app) if kwargs["body"] is not None else None
+    for key in ("link", "link_error"):
+        if options.get(key):
+            options[key] = [_bound(part, header, app) for part in _listed(options[key])]
+    options["headers"] = {**(options.get("headers") or {}), HEADER: header}
+    return Signature.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
+
+
+def _record_whole(app: Celery, signature: Mapping[str, Any], task_id: str) -> str:
+    """Record the task whose id the caller gets: in a chain or chord it is published last."""
+    record_launch = getattr(app.backend, "record_launch", None)
+    if record_launch is not None:
+        last: Any = signature
+        while last is not None and last.get("subtask_type") in ("chain", "chord"):
+            last = last["kwargs"]["body"] if last["subtask_type"] == "chord" else last["kwargs"]["tasks"][-1]
+        record_launch(task_id, last and last["task"])
+    return task_id

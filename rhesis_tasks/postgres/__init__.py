@@ -1,0 +1,1 @@
+"""PostgreSQL as Celery's result backend.  Knows nothing of BaseTask."""

@@ -1,0 +1,45 @@
+"""Engines that survive a fork."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from typing import Any
+
+from sqlalchemy import Engine, create_engine
+
+from ..settings import database_url, require_psycopg
+
+__all__ = ["forget_pool_after_fork", "new_engine", "shared_engine"]
+
+
+def new_engine(url: Any, **options: Any) -> Engine:
+    """An engine for a PostgreSQL URL in any usual form, safe to inherit by a fork.
+
+    Raises:
+        MissingExtraError: psycopg is not installed.
+        ConfigurationError: it is not a PostgreSQL URL.
+    """
+    require_psycopg()
+    engine = create_engine(database_url(url), **{"pool_pre_ping": True, **options})
+    forget_pool_after_fork(engine)
+    return engine
+
+
+@functools.cache
+def shared_engine(url: str) -> Engine:
+    """The library's own engine for a URL, one in the process: Celery makes a result backend for each thread."""
+    return new_engine(url)
+
+
+def forget_pool_after_fork(engine: Engine) -> None:
+    """Let a forked child start with an empty pool: the sockets in it are its parent's."""
+    reference = weakref.ref(engine)
+
+    def forget() -> None:
+        inherited = reference()
+        if inherited is not None:
+            inherited.dispose(close=False)
+
+    os.register_at_fork(after_in_child=forget)

@@ -1,0 +1,149 @@
+"""Database and broker URLs: the forms people have, and the one form each library wants.
+
+The only place that takes URLs apart.  Passwords never appear in what :func:`redacted` returns or in errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote, unquote
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from .errors import ConfigurationError, MissingExtraError
+
+__all__ = [
+    "DEFAULT_SCHEMA",
+    "broker_url",
+    "database_url",
+    "is_postgresql",
+    "quote_identifier",
+    "redacted",
+    "require_psycopg",
+    "result_backend_url",
+    "schema_name",
+]
+
+DEFAULT_SCHEMA: Final = "rhesis_tasks"
+"""The schema of the library's own tables."""
+
+_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg", "psycopg"})
+_KOMBU_SQLA: Final = "sqla+"
+
+
+def is_postgresql(url: str) -> bool:
+    """Whether a URL, in any of the usual forms, names a PostgreSQL database."""
+    return url.partition("://")[0] in _SCHEMES
+
+
+def database_url(url: str | URL) -> URL:
+    """A PostgreSQL URL as SQLAlchemy and psycopg 3 want it.
+
+    Understands ``postgres://``, ``postgresql://``, ``postgresql+psycopg://``, several hosts
+    (``h1:5432,h2:5433``), unix sockets (``?host=/path``) and passwords with special characters, percent-encoded
+    or not.
+
+    Raises:
+        ConfigurationError: it is not a PostgreSQL URL.
+    """
+    if isinstance(url, URL):
+        parsed = url
+    else:
+        parsed = _parsed(url.strip())
+    if parsed.get_backend_name() not in {"postgres", "postgresql", "psycopg"}:
+        raise ConfigurationError(
+            f"a database URL looks like postgresql://user:password@host/database, not {redacted(parsed)}"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def _parsed(url: str) -> URL:
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise ConfigurationError(
+            "a database URL looks like postgresql://user:password@host/database; the one given has no '://'"
+        )
+    # A password may hold '@', '/', '?' or '#' as they are: the credentials end at the last '@'.
+    credentials, at, location = rest.rpartition("@")
+    if at:
+        user, colon, password = credentials.partition(":")
+        credentials = quote(unquote(user), safe="") + (colon + quote(unquote(password), safe="") if colon else "")
+    location, _, query = location.partition("?")
+    hosts, _, database = location.partition("/")
+    if "," in hosts:
+        names, ports = zip(*(_host_and_port(host) for host in hosts.split(",")), strict=True)
+        hosts = ""
+        query = "&".join(filter(None, [query, f"host={','.join(names)}", f"port={','.join(ports)}"]))
+    try:
+        return make_url(f"{scheme}://{credentials}{at}{hosts}/{database}" + (f"?{query}" if query else ""))
+    except (ArgumentError, ValueError) as error:
+        raise ConfigurationError(f"the database URL (scheme {scheme!r}) cannot be read: {error}") from None
+
+
+def _host_and_port(host: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(?P<name>\[[^]]+\]|[^:]*)(?::(?P<port>\d+))?", host)
+    if match is None:
+        raise ConfigurationError(f"{host!r} in the database URL is not a host or host:port")
+    return match["name"].strip("[]"), match["port"] or "5432"
+
+
+def redacted(url: str | URL) -> str:
+    """The URL without its password, for logs and errors."""
+    parsed = url if isinstance(url, URL) else _parsed(url)
+    return parsed.render_as_string(hide_password=True)
+
+
+def broker_url(url: str) -> str:
+    """A broker URL as kombu wants it; what is not PostgreSQL is returned as it is."""
+    if not is_postgresql(url):
+        return url
+    require_psycopg()
+    return _KOMBU_SQLA + _rendered(database_url(url))
+
+
+def result_backend_url(url: str) -> str:
+    """A result backend URL as Celery wants it; what is not PostgreSQL is returned as it is."""
+    if not is_postgresql(url):
+        return url
+    require_psycopg()
+    # Celery takes a '+' in the scheme apart, so the driver stays out of it.
+    return _rendered(database_url(url).set(drivername="postgresql"))
+
+
+def _rendered(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+def require_psycopg() -> None:
+    """Raises MissingExtraError if psycopg 3 is not installed."""
+    try:
+        import psycopg  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise MissingExtraError("psycopg", "postgres") from error
+
+
+def schema_name(name: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """The schema of the library's tables: the argument, else RHESIS_TASKS_SCHEMA, else ``rhesis_tasks``.
+
+    Raises:
+        ConfigurationError: it is not a lower-case SQL name.
+    """
+    name = name or environ.get("RHESIS_TASKS_SCHEMA") or DEFAULT_SCHEMA
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name):
+        raise ConfigurationError(f"schema {name!r} is not a lower-case SQL name of at most 63 characters")
+    return name
+
+
+def quote_identifier(name: Any) -> str:
+    """A name as SQL wants it quoted; ``schema.table`` is not taken apart.
+
+    Raises:
+        ConfigurationError: it is not a non-empty string of at most 63 bytes.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or len(name.encode()) > 63:
+        raise ConfigurationError(f"{name!r:.80} is not an SQL name of 1 to 63 bytes")
+    return '"' + name.replace('"', '""') + '"'

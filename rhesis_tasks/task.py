@@ -1,0 +1,185 @@
+"""What a task is: ContextTask carries the context, BaseTask also insists on it.
+
+``configure()`` makes :class:`ContextTask` the class of every task of an application, Celery's own included.
+Applications subclass, or name as ``base=``, :class:`BaseTask`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from celery import Task
+from celery._state import _task_stack
+from celery.exceptions import Ignore, Reject, Retry
+
+from .context import TenantContext, current_tenant, require_tenant
+from .errors import MissingTenantError, NotConfiguredError, TaskDefinitionError
+from .logs import TaskLogger
+from .propagation import envelope_of, is_installed, outgoing_envelope, with_context
+from .retry import DEFAULT, RetryLater, RetryPolicy
+from .sessions import TenantSession, sessions_of
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.result import EagerResult
+
+__all__ = ["BaseTask", "ContextTask"]
+
+
+class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
+    """A task that carries the context."""
+
+    abstract = True
+
+    def apply(
+        self, args: Any = None, kwargs: Any = None, *more: Any, headers: Any = None, **options: Any
+    ) -> EagerResult[Any]:
+        """Run the task here and now, with the context a message would have carried.
+
+        Publishing is what puts the header in, and nothing is published here.
+        """
+        headers = with_context(headers, outgoing_envelope(headers))
+        return super().apply(args, kwargs, *more, headers=headers, **options)
+
+
+class BaseTask(ContextTask):
+    """The base of an application's tasks: tenant, session, log, retries.
+
+    ::
+
+        @app.task(base=BaseTask, bind=True)
+        def summarize(self, test_set_id: str) -> int:
+            self.log.info("for %s", self.tenant)
+            with self.get_db_session() as db:
+                ...
+
+    Attributes:
+        tenant_required: whether the task is refused without a tenant, both where it is launched and in the
+            worker, where its body does not run and a failure with the reason is stored.
+        retry_policy: what is tried again, and when.  Not used on a task that uses Celery's ``autoretry_for``.
+    """
+
+    abstract = True
+
+    tenant_required: ClassVar[bool] = True
+    retry_policy: ClassVar[RetryPolicy] = DEFAULT
+
+    # --- for the body --------------------------------------------------------------------------------------
+
+    @property
+    def tenant(self) -> TenantContext:
+        """The tenant that the task works for.
+
+        Raises:
+            MissingTenantError: there is none (only possible where ``tenant_required`` is False).
+        """
+        return require_tenant()
+
+    @property
+    def log(self) -> TaskLogger:
+        """The logger of the task's module, with the context on every record."""
+        return TaskLogger(logging.getLogger(type(self).__module__), {})
+
+    def get_db_session(self) -> TenantSession:
+        """A session of the tenant, for tasks that manage their transactions themselves.
+
+        The caller commits, as often as it likes, and closes; ``with self.get_db_session() as db:`` closes.
+        For one transaction around the whole task use :func:`~rhesis_tasks.tenant_session`.
+
+        Raises:
+            NotConfiguredError: the application was configured without a database.
+            MissingTenantError: there is no tenant.
+        """
+        return sessions_of(self.app)()
+
+    # --- launching -----------------------------------------------------------------------------------------
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """As Celery's, but refused without a tenant, here at the caller's line.
+
+        Raises:
+            MissingTenantError: the task needs a tenant, and none is active or in the headers.
+            NotConfiguredError: the task's application was not configured.
+            TypeError: the arguments do not fit the task's signature.
+        """
+        self.check_launch(options.get("headers"))
+        return super().apply_async(args, kwargs, **options)
+
+    def check_launch(self, headers: Any = None) -> None:
+        """Raise what :meth:`apply_async` would raise for want of a tenant or of configuration."""
+        if not is_installed(self.app):
+            raise NotConfiguredError(
+                f"task {self.name} belongs to application {self.app.main!r}, which is not configured.  Call "
+                "rhesis_tasks.configure(app, ...) right after Celery(...)"
+            )
+        if self.tenant_required and outgoing_envelope(headers).tenant is None:
+            raise MissingTenantError(
+                f"task {self.name} needs a tenant, and none is active.  Launch it with "
+                "launch_with_context(task, ..., current_user=user), or inside tenant_scope(...)"
+            )
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body: where a worker calls it under the retry policy, elsewhere as the plain function it is."""
+        request = self.request
+        if request.called_directly:
+            self._refuse_without(current_tenant())
+            return self._call_directly(args, kwargs)
+        envelope = envelope_of(request)  # raises HeaderError for a header that cannot be read
+        self._refuse_without(envelope.tenant if envelope else None)
+        try:
+            return self.run(*args, **kwargs)
+        except (Retry, Ignore, Reject):
+            raise
+        except Exception as error:
+            countdown = self._countdown_after(error)
+            if countdown is None:
+                raise
+            raise self.retry(exc=error, countdown=countdown, max_retries=self.retry_policy.max_retries) from error
+
+    def _refuse_without(self, tenant: TenantContext | None) -> None:
+        if self.tenant_required and tenant is None:
+            raise MissingTenantError(
+                f"task {self.name} needs a tenant, and its message carries none.  Its body was not run.  Launch it "
+                "from a configured application, with a tenant active"
+            )
+
+    def _call_directly(self, args: Any, kwargs: Any) -> Any:
+        tenant = current_tenant()
+        _task_stack.push(self)
+        self.push_request(
+            args=args,
+            kwargs=kwargs,
+            organization_id=tenant.organization_id if tenant else None,
+            user_id=tenant.user_id if tenant else None,
+        )
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            self.pop_request()
+            _task_stack.pop()
+
+    def _countdown_after(self, error: Exception) -> float | None:
+        """Seconds until the next attempt; None if there is none."""
+        if getattr(self, "autoretry_for", ()):
+            return None  # Celery's own rules have decided already
+        decision = self.retry_policy.decide(error, self.request.retries)
+        return decision.countdown if isinstance(decision, RetryLater) else None
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        """Refuse a definition that cannot work, when the task is made.
+
+        Raises:
+            TaskDefinitionError: the body is ``async def``, or the retry policy is no RetryPolicy.
+        """
+        super().on_bound(app)
+        if inspect.iscoroutinefunction(inspect.unwrap(cls.run)):
+            raise TaskDefinitionError(
+                f"task {cls.name} is async def, which is not supported yet: Celery would never await it"
+            )
+        if not isinstance(cls.retry_policy, RetryPolicy):
+            raise TaskDefinitionError(f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}")

@@ -1,0 +1,122 @@
+"""A pytest plugin: real PostgreSQL, roles as in production, real workers.
+
+Active once the package is installed (entry point ``pytest11``); the servers need the extra ``demo``.
+
+Fixtures:
+    postgres_url: a superuser's URL on an embedded PostgreSQL, one for the session.
+        Set ``RHESIS_TASKS_TEST_DATABASE_URL`` to use your own server instead.
+    tenant_database: a new database for the test, with an application role that row-level security binds.
+    start_worker: starts real Celery workers; they are stopped after the test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from .embedded import embedded_postgres
+from .postgres.schema import create_schema
+from .processes import Child, child, python
+from .settings import database_url, quote_identifier
+
+__all__ = ["StartWorker", "TenantDatabase", "postgres_url", "start_worker", "tenant_database"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TenantDatabase:
+    """A database with the two logins an application has."""
+
+    owner_url: str  #: owns the tables, runs migrations
+    url: str  #: the application's: neither superuser nor owner nor BYPASSRLS
+    role: str  #: the application's role
+    owner: Engine  #: an engine of the owner's
+
+    def execute(self, *statements: str) -> None:
+        """Run SQL as the owner, in one transaction."""
+        with self.owner.begin() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A superuser's URL on an embedded PostgreSQL."""
+    own = os.environ.get("RHESIS_TASKS_TEST_DATABASE_URL")
+    if own:
+        yield own
+        return
+    with embedded_postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
+    """A new database with an owner, an application role and the library's own tables."""
+    admin_url = database_url(postgres_url)
+    suffix = secrets.token_hex(4)
+    name, owner, role = f"test_{suffix}", f"test_owner_{suffix}", f"test_app_{suffix}"
+    password = secrets.token_hex(8)
+    admin = create_engine(admin_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    quoted = {key: quote_identifier(value) for key, value in {"name": name, "owner": owner, "role": role}.items()}
+    with admin.connect() as connection:
+        for login in (quoted["owner"], quoted["role"]):
+            connection.exec_driver_sql(f"CREATE ROLE {login} LOGIN PASSWORD '{password}'")
+        connection.exec_driver_sql(f"CREATE DATABASE {quoted['name']} OWNER {quoted['owner']}")
+    with create_engine(admin_url.set(database=name), poolclass=NullPool).begin() as connection:
+        # The broker makes its tables in the first schema of the search path, which is the one named like the user.
+        connection.exec_driver_sql(f"CREATE SCHEMA {quoted['role']} AUTHORIZATION {quoted['role']}")
+    owner_url = admin_url.set(username=owner, password=password, database=name)
+    engine = create_engine(owner_url, poolclass=NullPool)
+    create_schema(engine, roles=[role])
+    try:
+        yield TenantDatabase(
+            owner_url=_text(owner_url), url=_text(owner_url.set(username=role)), role=role, owner=engine
+        )
+    finally:
+        engine.dispose()
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {quoted['name']} WITH (FORCE)")
+            connection.exec_driver_sql(f"DROP ROLE {quoted['owner']}, {quoted['role']}")
+
+
+def _text(url: URL) -> str:
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+StartWorker = Callable[..., Child]
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts Celery workers: ``start_worker("module:app", cwd=folder, pool="prefork", env={...})``.
+
+    Returns when the worker is ready.  ``output`` of what it returns is the worker's log.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            app: str,
+            *,
+            cwd: Path = tmp_path,
+            pool: str = "prefork",
+            concurrency: int = 2,
+            env: dict[str, str] | None = None,
+            arguments: tuple[str, ...] = (),
+        ) -> Child:
+            command = python(
+                *("-m", "celery", "-A", app, "worker", "--loglevel", "INFO", "--pool", pool),
+                *("--concurrency", str(concurrency), "--without-gossip", "--without-mingle", *arguments),
+            )
+            running = stack.enter_context(child(f"worker {app}", command, env=env, cwd=cwd))
+            running.wait_for(" ready.")
+            return running
+
+        yield start

@@ -1,0 +1,1 @@
+"""A test bench for chat bots: the template of a multi-tenant application on rhesis-tasks."""

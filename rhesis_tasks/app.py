@@ -110,7 +110,7 @@ def configure(
             f"application {app.main!r} is configured already, with other arguments: {_difference(known, wanted)}.  "
             "Call configure() once, or unconfigure(app) first"
         )
-    if app.finalized or "Task" in vars(app):
+    if getattr(app, "finalized", False) or "Task" in vars(app):
         raise ConfigurationError(
             f"application {app.main!r} is in use already, so its tasks were made without the context.  Call "
             "configure(app, ...) right after Celery(...)"
@@ -122,7 +122,7 @@ def configure(
         )
     _apply_settings(app, wanted, explicit_broker=broker_url, explicit_results=result_backend)
     app.conf.update(overrides)
-    app.task_cls = ContextTask
+    app.task_cls = ContextTask  # type: ignore[assignment]  # the stubs know it as a name only
     if sessions is None and database_url is not None:
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
@@ -150,23 +150,24 @@ def _apply_settings(
     if broker is not None:
         defaults["broker_url"] = broker_form(broker)
         if is_postgresql(broker):
-            from sqlalchemy.pool import NullPool  # noqa: PLC0415
+            from sqlalchemy.pool import NullPool
 
             defaults |= {**_SQLA_DEFAULTS, "broker_transport_options": {"poolclass": NullPool}}
     if results is not None:
         defaults["result_backend"] = result_backend_url(results)
-    app.add_defaults(defaults)
+    app.add_defaults(lambda: defaults)
     # What is given to configure() is as explicit as what is given to Celery().
     if explicit_broker is not None:
-        app.conf.broker_url = broker_form(explicit_broker)
+        app.conf.update(broker_url=broker_form(explicit_broker))
     if explicit_results is not None:
-        app.conf.result_backend = result_backend_url(explicit_results)
+        app.conf.update(result_backend=result_backend_url(explicit_results))
 
 
 def _class_of(task_cls: Any) -> type:
-    from celery.utils.imports import symbol_by_name  # noqa: PLC0415
+    from celery.utils.imports import symbol_by_name
 
-    return symbol_by_name(task_cls)
+    found: type = symbol_by_name(task_cls)
+    return found
 
 
 def _difference(known: _Configuration, wanted: _Configuration) -> str:

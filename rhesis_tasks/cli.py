@@ -38,9 +38,9 @@ def demo(input_file: Path | None, data_dir: Path | None, keep: bool) -> None:
     names, and drops them afterwards.  Exits with 0 only if everything it claims was true.
     """
     try:
-        from rich.console import Console  # noqa: PLC0415
+        from rich.console import Console
 
-        from .demo import DemoOptions, run_demo  # noqa: PLC0415
+        from .demo import DemoOptions, run_demo
     except ImportError as error:
         if isinstance(error, MissingExtraError):
             raise

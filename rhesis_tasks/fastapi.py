@@ -43,7 +43,9 @@ def tenant_dependency(get_current_user: Callable[..., Any]) -> TenantDependency:
     """
 
     # An async generator: FastAPI runs a sync one in another context, where what it sets is lost.
-    async def get_tenant(user: Annotated[CurrentUser, Depends(get_current_user)]) -> AsyncIterator[TenantContext]:
+    async def get_tenant(
+        user: Annotated[CurrentUser, Depends(get_current_user)],
+    ) -> AsyncIterator[TenantContext]:
         with tenant_scope(user) as tenant:
             yield tenant
 
@@ -110,7 +112,8 @@ def task_router(app: "Celery", get_tenant: Callable[..., Any]) -> APIRouter:
             raise HTTPException(status.HTTP_404_NOT_FOUND, "no such task")
         error = TaskError(type=record.error_type, message=record.error_message or "") if record.error_type else None
         return TaskStatus(
-            **{name: getattr(record, name) for name in TaskStatus.model_fields if name != "error"}, error=error
+            **{name: getattr(record, name) for name in TaskStatus.model_fields if name != "error"},
+            error=error,
         )
 
     return router

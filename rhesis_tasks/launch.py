@@ -13,10 +13,10 @@ from celery.canvas import Signature, maybe_signature
 from celery.local import Proxy
 from kombu.utils.uuid import uuid
 
-from .context import CurrentUser, TenantContext, resolve_tenant, tenant_scope
-from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError
+from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
+from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
 from .headers import HEADER, capture, encode
-from .propagation import is_installed
+from .propagation import is_installed, outgoing_envelope
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def launch_with_context(
     app = target.app
     if not is_installed(app):
         raise NotConfiguredError(
-            f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after Celery(...)"
+            f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after "
+            "Celery(...)"
         )
     if session is not None or idempotency_key is not None:
         raise NotSupportedError(
@@ -186,10 +187,20 @@ def _listed(value: Any) -> list[Any]:
 
 def _check_parts(app: Celery, signature: Mapping[str, Any]) -> None:
     """Refuse the whole before any part is published."""
+    launcher = current_tenant()
     for part in _parts(signature):
+        headers = (part.get("options") or {}).get("headers")
+        bound = outgoing_envelope(headers).tenant
+        if launcher is not None and bound is not None and not same_tenant(launcher, bound):
+            raise TenantConflictError(
+                f"{part['task']} is bound to {bound} by its headers, but is launched for {launcher}.  Launch what "
+                "belongs to different tenants separately",
+                first=bound,
+                second=launcher,
+            )
         task = app.tasks.get(part["task"])
         if isinstance(task, BaseTask):
-            task.check_launch((part.get("options") or {}).get("headers"))
+            task.check_launch(headers)
 
 
 def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) -> Signature[Any]:
@@ -202,9 +213,7 @@ def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) ->
     elif kind == "chord":
         parts = kwargs["header"]
         kwargs["header"] = (
-            _bound(parts, header, app)
-            if isinstance(parts, Mapping)
-            else [_bound(part, header, app) for part in parts]
+            _bound(parts, header, app) if isinstance(parts, Mapping) else [_bound(part, header, app) for part in parts]
         )
         kwargs["body"] = _bound(kwargs["body"], header, app) if kwargs["body"] is not None else None
     for key in ("link", "link_error"):

@@ -34,7 +34,7 @@ _previous: Callable[..., logging.LogRecord] | None = None
 def fields() -> dict[str, Any]:
     """The context of the running code, as log fields."""
     tenant = current_tenant()
-    task = get_current_task()
+    task: Any = get_current_task()
     request = None if task is None else task.request
     values: dict[str, Any] = {
         "organization_id": tenant.organization_id if tenant else ABSENT,

@@ -143,8 +143,9 @@ def envelope_of(request: Context | Mapping[str, Any] | None) -> Envelope | None:
 def restore(request: Context, tenant: TenantContext | None, envelope: Envelope) -> Activation:
     """Set the context that a request carried, and name the tenant on the request as applications read it."""
     activation = Activation(tenant, envelope.variables)
-    request.organization_id = tenant.organization_id if tenant else None
-    request.user_id = tenant.user_id if tenant else None
+    vars(request).update(
+        organization_id=tenant.organization_id if tenant else None, user_id=tenant.user_id if tenant else None
+    )
     return activation
 
 
@@ -159,7 +160,7 @@ def _enter(sender: Task[Any, Any], **_: Any) -> None:
     except HeaderError:
         # BaseTask refuses the work; until then nothing of whatever ran here before may show.
         activation = restore(request, None, Envelope())
-    request.rhesis_tasks_activation = activation
+    vars(request)["rhesis_tasks_activation"] = activation
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:

@@ -77,9 +77,7 @@ class RetryPolicy:
         for name in ("retry_on", "give_up_on"):
             object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
 
-    def decide(
-        self, error: BaseException, retries: int, *, rng: Callable[[], float] = random.random
-    ) -> Decision:
+    def decide(self, error: BaseException, retries: int, *, rng: Callable[[], float] = random.random) -> Decision:
         """What to do after an attempt failed.
 
         Args:

@@ -13,7 +13,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, overload
 
 from celery._state import get_current_task
@@ -251,7 +250,7 @@ def sessions_of(app: Celery) -> TenantSessions:
 
 
 def _ambient_sessions() -> TenantSessions:
-    task = get_current_task()
+    task: Any = get_current_task()
     if task is not None:
         return sessions_of(task.app)
     known = set(_by_app.values())
@@ -313,9 +312,7 @@ def tenant_session(
     return _inject_session(function, param=param, sessions=sessions)
 
 
-def _inject_session(
-    function: Callable[..., Any], *, param: str, sessions: TenantSessions | None
-) -> Callable[..., Any]:
+def _inject_session(function: Callable[..., Any], *, param: str, sessions: TenantSessions | None) -> Callable[..., Any]:
     position, signature = _without(function, param)
 
     @functools.wraps(function)

@@ -50,10 +50,7 @@ def database_url(url: str | URL) -> URL:
     Raises:
         ConfigurationError: it is not a PostgreSQL URL.
     """
-    if isinstance(url, URL):
-        parsed = url
-    else:
-        parsed = _parsed(url.strip())
+    parsed = url if isinstance(url, URL) else _parsed(url.strip())
     if parsed.get_backend_name() not in {"postgres", "postgresql", "psycopg"}:
         raise ConfigurationError(
             f"a database URL looks like postgresql://user:password@host/database, not {redacted(parsed)}"
@@ -121,7 +118,7 @@ def _rendered(url: URL) -> str:
 def require_psycopg() -> None:
     """Raises MissingExtraError if psycopg 3 is not installed."""
     try:
-        import psycopg  # noqa: F401, PLC0415
+        import psycopg  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("psycopg", "postgres") from error
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
-from celery._state import _task_stack
+from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, Reject, Retry
 
 from .context import TenantContext, current_tenant, require_tenant
@@ -34,14 +35,27 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     abstract = True
 
     def apply(
-        self, args: Any = None, kwargs: Any = None, *more: Any, headers: Any = None, **options: Any
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        task_id: str | None = None,
+        retries: int | None = None,
+        throw: bool | None = None,
+        logfile: str | None = None,
+        loglevel: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> EagerResult[Any]:
-        """Run the task here and now, with the context a message would have carried.
+        """Run the task here and now, with the context that a message would have carried.
 
         Publishing is what puts the header in, and nothing is published here.
         """
         headers = with_context(headers, outgoing_envelope(headers))
-        return super().apply(args, kwargs, *more, headers=headers, **options)
+        return super().apply(
+            args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
+        )
 
 
 class BaseTask(ContextTask):
@@ -96,7 +110,9 @@ class BaseTask(ContextTask):
 
     # --- launching -----------------------------------------------------------------------------------------
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *more: Any, **options: Any
+    ) -> Any:
         """As Celery's, but refused without a tenant, here at the caller's line.
 
         Raises:
@@ -105,7 +121,7 @@ class BaseTask(ContextTask):
             TypeError: the arguments do not fit the task's signature.
         """
         self.check_launch(options.get("headers"))
-        return super().apply_async(args, kwargs, **options)
+        return super().apply_async(args, kwargs, task_id, *more, **options)
 
     def check_launch(self, headers: Any = None) -> None:
         """Raise what :meth:`apply_async` would raise for want of a tenant or of configuration."""
@@ -123,7 +139,7 @@ class BaseTask(ContextTask):
     # --- running -------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body: where a worker calls it under the retry policy, elsewhere as the plain function it is."""
+        """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
         request = self.request
         if request.called_directly:
             self._refuse_without(current_tenant())
@@ -182,4 +198,6 @@ class BaseTask(ContextTask):
                 f"task {cls.name} is async def, which is not supported yet: Celery would never await it"
             )
         if not isinstance(cls.retry_policy, RetryPolicy):
-            raise TaskDefinitionError(f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}")
+            raise TaskDefinitionError(
+                f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}"
+            )

@@ -2,11 +2,11 @@
 
 Active once the package is installed (entry point ``pytest11``); the servers need the extra ``demo``.
 
-Fixtures:
+Fixtures, and the context managers they are made of, for other scopes:
     postgres_url: a superuser's URL on an embedded PostgreSQL, one for the session.
         Set ``RHESIS_TASKS_TEST_DATABASE_URL`` to use your own server instead.
-    tenant_database: a new database for the test, with an application role that row-level security binds.
-    start_worker: starts real Celery workers; they are stopped after the test.
+    tenant_database, new_tenant_database(): a new database with an application role that row-level security binds.
+    start_worker, running_worker(): real Celery workers, stopped afterwards.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, Engine, create_engine
@@ -27,7 +28,15 @@ from .postgres.schema import create_schema
 from .processes import Child, child, python
 from .settings import database_url, quote_identifier
 
-__all__ = ["StartWorker", "TenantDatabase", "postgres_url", "start_worker", "tenant_database"]
+__all__ = [
+    "StartWorker",
+    "TenantDatabase",
+    "new_tenant_database",
+    "postgres_url",
+    "running_worker",
+    "start_worker",
+    "tenant_database",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +69,17 @@ def postgres_url() -> Iterator[str]:
 @pytest.fixture
 def tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
     """A new database with an owner, an application role and the library's own tables."""
+    with new_tenant_database(postgres_url) as database:
+        yield database
+
+
+@contextmanager
+def new_tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
+    """A new database on a server, dropped at the end of the block.
+
+    Args:
+        postgres_url: the URL of a login that may create roles and databases.
+    """
     admin_url = database_url(postgres_url)
     suffix = secrets.token_hex(4)
     name, owner, role = f"test_{suffix}", f"test_owner_{suffix}", f"test_app_{suffix}"
@@ -91,32 +111,47 @@ def _text(url: URL) -> str:
     return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
+@contextmanager
+def running_worker(
+    app: str,
+    *,
+    cwd: Path,
+    pool: str = "prefork",
+    concurrency: int = 2,
+    env: dict[str, str] | None = None,
+    arguments: Sequence[str] = (),
+) -> Iterator[Child]:
+    """A real Celery worker that is ready, stopped at the end of the block.
+
+    Args:
+        app: as for ``celery -A``: ``"module"`` or ``"module:app"``.
+        cwd: the folder it starts in, from where it imports ``app``.
+        pool: prefork, threads, solo, ...
+        concurrency: processes or threads.
+        env: added to the environment.
+        arguments: further arguments of ``celery worker``.
+
+    Yields:
+        The process; its ``output`` is the worker's log.
+    """
+    command = python(
+        *("-m", "celery", "-A", app, "worker", "--loglevel", "INFO", "--pool", pool),
+        *("--concurrency", str(concurrency), "--without-gossip", "--without-mingle", *arguments),
+    )
+    with child(f"worker {app}", command, env=env, cwd=cwd) as worker:
+        worker.wait_for(" ready.")
+        yield worker
+
+
 StartWorker = Callable[..., Child]
 
 
 @pytest.fixture
 def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
-    """Starts Celery workers: ``start_worker("module:app", cwd=folder, pool="prefork", env={...})``.
+    """Starts workers: ``start_worker("module:app", cwd=folder, ...)``, with the arguments of running_worker()."""
+    with ExitStack() as workers:
 
-    Returns when the worker is ready.  ``output`` of what it returns is the worker's log.
-    """
-    with ExitStack() as stack:
-
-        def start(
-            app: str,
-            *,
-            cwd: Path = tmp_path,
-            pool: str = "prefork",
-            concurrency: int = 2,
-            env: dict[str, str] | None = None,
-            arguments: tuple[str, ...] = (),
-        ) -> Child:
-            command = python(
-                *("-m", "celery", "-A", app, "worker", "--loglevel", "INFO", "--pool", pool),
-                *("--concurrency", str(concurrency), "--without-gossip", "--without-mingle", *arguments),
-            )
-            running = stack.enter_context(child(f"worker {app}", command, env=env, cwd=cwd))
-            running.wait_for(" ready.")
-            return running
+        def start(app: str, *, cwd: Path = tmp_path, **options: Any) -> Child:
+            return workers.enter_context(running_worker(app, cwd=cwd, **options))
 
         yield start

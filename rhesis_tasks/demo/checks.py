@@ -50,9 +50,7 @@ def claims(
         "the flaky tasks succeeded after a retry",
         all(
             status["state"] == "success" and status["retries"] >= 1
-            for status in (
-                outcome.statuses[mine.flaky] for mine, outcome in zip(launched, outcomes, strict=True)
-            )
+            for status in (outcome.statuses[mine.flaky] for mine, outcome in zip(launched, outcomes, strict=True))
         ),
     )
     yield (

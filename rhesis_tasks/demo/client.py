@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Final
 
-import httpx
+import httpx2 as httpx
 
 from .errors import DemoError
 from .example import DemoUser
@@ -57,7 +57,9 @@ class Account:
 
     def _json(self, response: httpx.Response) -> Any:
         if not response.is_success:
-            raise DemoError(f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}")
+            raise DemoError(
+                f"{response.request.method} {response.request.url.path}: {response.status_code} {response.text}"
+            )
         return response.json()
 
     def get(self, path: str) -> Any:
@@ -121,5 +123,7 @@ def follow(
         waiting = [task_id for task_id in waiting if account.status(task_id)["state"] not in FINAL]
         on_progress(total - len(waiting), total)
         if waiting and time.monotonic() > deadline:
-            raise DemoError(f"{len(waiting)} of {total} tasks of {account.user.id} did not end within {timeout:g} seconds")
+            raise DemoError(
+                f"{len(waiting)} of {total} tasks of {account.user.id} did not end within {timeout:g} seconds"
+            )
         time.sleep(0.2 if waiting else 0)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 
 from ..processes import Child, child, free_port, python, wait_until
 from .database import DemoDatabase
@@ -104,7 +104,7 @@ def users_of(file: Path) -> list[DemoUser]:
         DemoError: there is only one, so that nothing could be kept apart.
     """
     organizations: list[str] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):  # as the loader, and not at U+2028
         if line.strip():
             organization_id = json.loads(line)["organization_id"].lower()
             if organization_id not in organizations:

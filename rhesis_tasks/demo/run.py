@@ -117,7 +117,9 @@ def _keep(running: Running, users: list[DemoUser], console: Console) -> None:
     console.print(f"\nThe API is at {running.url} (its documentation at {running.url}/docs).  For example:")
     for user in users:
         console.print(
-            f"  curl -H 'Authorization: Bearer {user.token}' {running.url}/test-sets", soft_wrap=True, highlight=False
+            f"  curl -H 'Authorization: Bearer {user.token}' {running.url}/test-sets",
+            soft_wrap=True,
+            highlight=False,
         )
     console.print("Ctrl-C stops everything.")
     threading.Event().wait()
@@ -142,7 +144,7 @@ def _orderly_stop() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from celery.backends.database import DatabaseBackend
 from celery.result import result_from_tuple
 from kombu.utils.encoding import ensure_bytes
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, RowMapping, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, require_tenant
@@ -59,6 +59,13 @@ class TaskRecord:
 
 class PostgresBackend(DatabaseBackend):
     """``result_backend="postgresql://..."``."""
+
+    # Celery's own, which its stubs leave out.
+    app: Any
+    url: Any
+    expires: Any
+    _ensure_retryable: Any
+    _decode_stored_result: Any
 
     def __init__(self, dburi: str | None = None, *, url: str | None = None, **kwargs: Any) -> None:
         given = url or dburi
@@ -235,7 +242,7 @@ class PostgresBackend(DatabaseBackend):
         values["state"] = state
         return TaskRecord(**values)
 
-    def _row(self, task_id: str, organization_id: str) -> Mapping[str, Any] | None:
+    def _row(self, task_id: str, organization_id: str) -> RowMapping | None:
         with self._begin(organization_id) as connection:
             return (
                 connection.execute(
@@ -296,7 +303,11 @@ class PostgresBackend(DatabaseBackend):
                     f"INSERT INTO {self._groups} (organization_id, group_id, result) VALUES (:o, :id, :result) "  # noqa: S608
                     "ON CONFLICT (organization_id, group_id) DO UPDATE SET result = excluded.result"
                 ),
-                {"o": organization_id, "id": group_id, "result": ensure_bytes(self.encode(self.prepare_value(result)))},
+                {
+                    "o": organization_id,
+                    "id": group_id,
+                    "result": ensure_bytes(self.encode(self.prepare_value(result))),
+                },
             )
         return result
 

@@ -121,7 +121,11 @@ def schema_sql(schema: str | None = None, roles: Iterable[str] = ()) -> str:
     Raises:
         ConfigurationError: a name cannot be an SQL name.
     """
-    names = {"schema": quote_identifier(schema_name(schema)), "setting": ORGANIZATION_SETTING, "version": VERSION}
+    names = {
+        "schema": quote_identifier(schema_name(schema)),
+        "setting": ORGANIZATION_SETTING,
+        "version": VERSION,
+    }
     grants = [_GRANTS.format(role=quote_identifier(role), **names) for role in roles]
     return "\n".join([_DDL.format(**names), _FUNCTIONS.format(**names), *grants])
 

@@ -1,0 +1,144 @@
+"""The public API as a user's type checker sees it.  Checked by mypy and pyright, never run.
+
+Lines marked ``type: ignore`` (mypy) and ``pyright: ignore`` must be errors: an ignore that is not needed is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextvars import ContextVar
+from typing import Any, assert_type
+from uuid import UUID
+
+from celery import Celery, chord, group
+from celery.result import AsyncResult
+from contextvars_extras import ContextVarsRegistry  # pyright: ignore[reportMissingTypeStubs]
+from sqlalchemy.orm import Session
+
+from rhesis_tasks import (
+    BaseTask,
+    RetryPolicy,
+    TenantContext,
+    TenantSessions,
+    alaunch_with_context,
+    configure,
+    current_tenant,
+    launch_with_context,
+    register_context_var,
+    require_tenant,
+    tenant_scope,
+    tenant_session,
+)
+
+app = Celery("typed")
+configure(app, "postgresql://localhost/app", worker_concurrency=4)
+
+
+@dataclasses.dataclass
+class User:
+    """Any class with these two attributes is a user."""
+
+    id: UUID
+    organization_id: int
+
+
+user = User(UUID(int=1), 1)
+
+
+# --- context ---------------------------------------------------------------------------------------------------
+
+assert_type(current_tenant(), TenantContext | None)
+assert_type(require_tenant(), TenantContext)
+assert_type(TenantContext(UUID(int=1), 7).organization_id, str)
+TenantContext(1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+TenantContext()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+with tenant_scope(user) as tenant:
+    assert_type(tenant, TenantContext)
+with tenant_scope(tenant) as same:
+    assert_type(same, TenantContext)
+tenant_scope("acme")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+register_context_var(ContextVar[str]("request_id"), dump=str, log=True)
+
+
+# --- sessions --------------------------------------------------------------------------------------------------
+
+sessions = TenantSessions("postgresql://localhost/app", pool_size=2)
+with sessions.begin() as db:
+    assert_type(db.tenant, TenantContext)
+    plain: Session = db
+
+
+@tenant_session
+def count(db: Session, name: str, *, limit: int = 10) -> int:
+    """The session is the first parameter: gone for the caller."""
+    return limit
+
+
+assert_type(count("x", limit=3), int)
+count(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+count()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+@tenant_session
+def rename(self: BaseTask, db: Session, name: str) -> str:
+    """As is the first one after self."""
+    assert_type(self.tenant, TenantContext)
+    return name
+
+
+@tenant_session(param="session")
+def named(name: str, session: Session) -> bytes:
+    """With a name of its own, only the result's type is known."""
+    return name.encode()
+
+
+assert_type(named("x"), bytes)
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------
+
+
+@app.task(base=BaseTask, bind=True, retry_policy=RetryPolicy(max_retries=5, retry_on=(OSError,)))
+def work(self: BaseTask, number: int) -> int:
+    """A bound task."""
+    self.log.info("for %s", self.tenant.organization_id)
+    with self.get_db_session() as session:
+        session.commit()
+    return number
+
+
+class Special(BaseTask):
+    """A base of the application's own."""
+
+    tenant_required = False
+    retry_policy = RetryPolicy(max_retries=0)
+
+
+def launching() -> None:
+    """Launches give back Celery's result."""
+    assert_type(launch_with_context(work, 1, current_user=user), AsyncResult[Any])
+    assert_type(launch_with_context(work.s(1), context=TenantContext("acme")), AsyncResult[Any])
+    launch_with_context(chord(group(work.s(1)), work.s()), options={"queue": "slow"})
+    launch_with_context(work, 1, current_user="somebody")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    launch_with_context(work, 1, context=user)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def launching_async() -> None:
+    """As does the asynchronous form."""
+    assert_type(await alaunch_with_context(work, 1, current_user=user), AsyncResult[Any])
+
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+RetryPolicy(max_retries="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class Vars(ContextVarsRegistry):  # type: ignore[misc]
+    """A registry of the application's own."""
+
+    locale: str = "en"
+
+
+register_context_var(Vars)

@@ -47,6 +47,7 @@ class TenantDatabase:
     url: str  #: the application's: neither superuser nor owner nor BYPASSRLS
     role: str  #: the application's role
     owner: Engine  #: an engine of the owner's
+    admin: Engine  #: an engine of the superuser's, on the server's own database
 
     def execute(self, *statements: str) -> None:
         """Run SQL as the owner, in one transaction."""
@@ -98,7 +99,7 @@ def new_tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
     create_schema(engine, roles=[role])
     try:
         yield TenantDatabase(
-            owner_url=_text(owner_url), url=_text(owner_url.set(username=role)), role=role, owner=engine
+            owner_url=_text(owner_url), url=_text(owner_url.set(username=role)), role=role, owner=engine, admin=admin
         )
     finally:
         engine.dispose()

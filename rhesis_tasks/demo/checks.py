@@ -23,11 +23,11 @@ def claims(
 ) -> Iterator[Claim]:
     """Each claim, and whether it holds."""
     yield (
-        "every run has a finished report, every other task succeeded",
+        "every run has its report, every other task succeeded",
         all(_as_meant(mine, outcome) for mine, outcome in zip(launched, outcomes, strict=True)),
     )
     yield (
-        "every task was recorded under the organization that launched it",
+        "every task is recorded under the organization that launched it",
         all(
             status["organization_id"] == outcome.user.organization_id and status["user_id"] == outcome.user.id
             for outcome in outcomes
@@ -36,8 +36,7 @@ def claims(
     )
     for account, other in ((0, 1), (1, 0)):
         yield (
-            f"{accounts[account].user.id} asking for the runs and tasks of {accounts[other].user.id}: 404, "
-            "as for ids that do not exist",
+            f"{accounts[account].user.id} gets 404 for what {accounts[other].user.id} launched, as for unknown ids",
             accounts[account].sees_nothing_of(launched[other]),
         )
     seen = _rows_without_tenant(database)
@@ -54,7 +53,7 @@ def claims(
         ),
     )
     yield (
-        "the broken tasks are stored failures that name their tenant and their reason",
+        "the broken tasks are stored failures with their tenant and reason",
         all(
             status["state"] == "failure"
             and status["organization_id"] == outcome.user.organization_id

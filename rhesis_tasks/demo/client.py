@@ -6,7 +6,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx2 as httpx
 
@@ -54,6 +54,12 @@ class Account:
     def __init__(self, url: str, user: DemoUser) -> None:
         self.user = user
         self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {user.token}"}, timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
 
     def _json(self, response: httpx.Response) -> Any:
         if not response.is_success:

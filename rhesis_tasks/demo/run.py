@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -68,7 +68,12 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
 
 
 def _use(running: Running, users: list[DemoUser], database: DemoDatabase, console: Console) -> bool:
-    accounts = [Account(running.url, user) for user in users]
+    with ExitStack() as stack:
+        accounts = [stack.enter_context(Account(running.url, user)) for user in users]
+        return _act(accounts, database, console)
+
+
+def _act(accounts: list[Account], database: DemoDatabase, console: Console) -> bool:
     console.print("Launching runs as users of both organizations ...")
     launched = [account.launch() for account in accounts]
     _follow_all(accounts, launched, console)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import httpx2 as httpx
 
@@ -106,7 +107,7 @@ def users_of(file: Path) -> list[DemoUser]:
     organizations: list[str] = []
     for line in file.read_text(encoding="utf-8").split("\n"):  # as the loader, and not at U+2028
         if line.strip():
-            organization_id = json.loads(line)["organization_id"].lower()
+            organization_id = str(UUID(json.loads(line)["organization_id"]))
             if organization_id not in organizations:
                 organizations.append(organization_id)
     if len(organizations) < 2:

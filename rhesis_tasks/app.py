@@ -56,6 +56,8 @@ class _Configuration:
     overrides: tuple[tuple[str, Any], ...]
 
 
+_DEFAULTS_UID: Final = "rhesis_tasks.defaults"
+_defaults: weakref.WeakKeyDictionary[Celery, dict[str, Any]] = weakref.WeakKeyDictionary()
 _configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKeyDictionary()
 
 
@@ -132,9 +134,12 @@ def configure(
 
 
 def unconfigure(app: Celery) -> None:
-    """Undo :func:`configure`, for tests.  Settings and tasks that were made meanwhile stay as they are."""
+    """Undo :func:`configure`, for tests.  Overrides, and tasks that were made meanwhile, stay as they are."""
     if _configured.pop(app, None) is None:
         return
+    _defaults.pop(app, {}).clear()
+    app.on_after_configure.disconnect(dispatch_uid=_DEFAULTS_UID)
+    app.backend_cls = None
     propagation.uninstall(app)
     use_sessions(app, None)
     if not _configured:
@@ -155,12 +160,33 @@ def _apply_settings(
             defaults |= {**_SQLA_DEFAULTS, "broker_transport_options": {"poolclass": NullPool}}
     if results is not None:
         defaults["result_backend"] = result_backend_url(results)
-    app.add_defaults(lambda: defaults)
+    _add_defaults(app, defaults)
     # What is given to configure() is as explicit as what is given to Celery().
     if explicit_broker is not None:
         app.conf.update(broker_url=broker_form(explicit_broker))
     if explicit_results is not None:
         app.conf.update(result_backend=result_backend_url(explicit_results))
+    if wanted.result_backend is not None:
+        # Celery reads CELERY_RESULT_BACKEND by itself, above all else and only in its own forms.
+        app.backend_cls = result_backend_url(wanted.result_backend)
+
+
+def _add_defaults(app: Celery, defaults: dict[str, Any]) -> None:
+    """Settings below all of the application's own, whenever and however those are made.
+
+    (``app.add_defaults`` puts them above a configuration object's.)
+    """
+
+    def add(**_: Any) -> None:
+        conf: Any = app.conf
+        conf.maps.insert(len(conf.maps) - 1, defaults)  # the last are Celery's own
+        conf.defaults.insert(len(conf.defaults) - 1, defaults)
+
+    _defaults[app] = defaults
+    if getattr(app, "configured", False):
+        add()
+    # Sent each time that Celery has read its configuration.
+    app.on_after_configure.connect(add, weak=False, dispatch_uid=_DEFAULTS_UID)
 
 
 def _class_of(task_cls: Any) -> type:

@@ -7,13 +7,14 @@ every asyncio task sees its own.  This module knows nothing of Celery or of data
 from __future__ import annotations
 
 import dataclasses
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar, Token
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Protocol, TypeAlias
 
-from contextvars_extras import ContextVarsRegistry
+from contextvars_extras import ContextVarDescriptor, ContextVarsRegistry
 from contextvars_extras.context_var_ext import DeletionMark, NoDefault
 
 from .errors import HeaderError, InvalidTenantError, MissingTenantError, TenantConflictError
@@ -55,11 +56,13 @@ def _identifier(field: str, value: object) -> str:
     """The id as a string, or an InvalidTenantError that says what is wrong with it."""
     if isinstance(value, str):
         text = str.__str__(value)  # str() of a (str, Enum) member would be "Class.member"
-    elif isinstance(value, uuid.UUID) or (isinstance(value, int) and not isinstance(value, bool)):
+    elif isinstance(value, uuid.UUID):
         return str(value)
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**MAX_ID_LENGTH:
+        text = int.__repr__(value)  # the same for (int, Enum)
     else:
         raise InvalidTenantError(
-            f"{field} must be a str, UUID or int, not {type(value).__name__}: {value!r:.80}",
+            f"{field} must be a str, UUID or int of at most {MAX_ID_LENGTH} digits, not {_described(value)}",
             field=field,
             value=value,
         )
@@ -79,6 +82,13 @@ def _identifier(field: str, value: object) -> str:
             value=value,
         )
     return text
+
+
+def _described(value: object) -> str:
+    try:
+        return f"{type(value).__name__}: {value!r:.80}"
+    except Exception:  # repr() of another's object may do anything; of a huge int it raises ValueError
+        return type(value).__name__
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,7 +235,7 @@ def resolve_tenant(
 ) -> TenantContext | None:
     """The tenant named by the arguments and by the running code, which must not contradict each other.
 
-    Where they agree the active tenant wins, since it may know more (project, extra).
+    Where they agree, what one of them leaves out is taken from the next, in that order.
 
     Raises:
         TenantConflictError: two of them name different organizations, or different users.
@@ -251,8 +261,12 @@ def resolve_tenant(
                 first=tenant,
                 second=other,
             )
-        if other.user_id is not None:
-            tenant = other
+        tenant = TenantContext(
+            tenant.organization_id,
+            tenant.user_id or other.user_id,
+            tenant.project_id or other.project_id,
+            {**other.extra, **tenant.extra},
+        )
     return tenant
 
 
@@ -322,6 +336,13 @@ class RegisteredVar:
             raise HeaderError(f"load= of context variable {self.name!r} refused {value!r:.80}: {error}") from error
 
 
+LOG_FIELDS: Final = ("organization_id", "user_id", "task_id", "task_name", "root_id")
+"""The fields that our own log context has."""
+
+RESERVED_LOG_FIELDS: Final = frozenset(
+    {*vars(logging.LogRecord("", 0, "", 0, "", None, None)), "message", "asctime", *LOG_FIELDS}
+)
+
 _registered: dict[str, RegisteredVar] = {}
 
 
@@ -354,9 +375,8 @@ def register_context_var(
     if isinstance(var, type) and issubclass(var, ContextVarsRegistry):
         if name is not None:
             raise InvalidTenantError("name= does not go with a registry class: each variable has its own", field="name")
-        for attribute in var():
-            raw = getattr(var, attribute).context_var
-            _register(RegisteredVar(f"{var.__name__}.{attribute}", raw, dump, load, default, log))
+        for registered_name, raw in _variables_of(var).items():
+            _register(RegisteredVar(registered_name, raw, dump, load, default, log))
     elif isinstance(var, ContextVar):
         _register(RegisteredVar(name or var.name, var, dump, load, default, log))
     else:
@@ -366,7 +386,20 @@ def register_context_var(
         )
 
 
+def _variables_of(registry: type[ContextVarsRegistry]) -> dict[str, ContextVar[Any]]:
+    """The raw variables behind a registry class, by the names that we register them under."""
+    return {
+        f"{registry.__name__}.{attribute}": descriptor.context_var
+        for attribute, descriptor in vars(registry).items()
+        if isinstance(descriptor, ContextVarDescriptor)
+    }
+
+
 def _register(registered: RegisteredVar) -> None:
+    if registered.log and registered.name in RESERVED_LOG_FIELDS:
+        raise InvalidTenantError(
+            f"log records have a field {registered.name!r} already; give this variable its own name=", field="name"
+        )
     known = _registered.get(registered.name)
     if known is not None and known.var is not registered.var:
         raise InvalidTenantError(
@@ -381,7 +414,7 @@ def unregister_context_var(var: ContextVar[Any] | type[ContextVarsRegistry]) -> 
     if isinstance(var, ContextVar):
         gone = [name for name, registered in _registered.items() if registered.var is var]
     else:
-        gone = [f"{var.__name__}.{attribute}" for attribute in var()]
+        gone = list(_variables_of(var))
     for name in gone:
         _registered.pop(name, None)
 
@@ -401,10 +434,11 @@ class Activation:
         HeaderError: a registered variable's ``load=`` refused its value; nothing is left set.
     """
 
-    __slots__ = ("_tokens", "_unset")
+    __slots__ = ("_tokens", "_unset", "_values")
 
     def __init__(self, tenant: TenantContext | None, variables: Mapping[str, Any]) -> None:
-        self._tokens: list[tuple[ContextVar[Any], Token[Any]]] = [(_tenant, _tenant.set(tenant))]
+        self._tokens: list[Token[Any]] = [_tenant.set(tenant)]
+        self._values: list[tuple[ContextVar[Any], Any]] = [(_tenant, tenant)]
         # Variables that nobody has set stay so: to the body they look as they did to the launcher.
         self._unset: list[RegisteredVar] = []
         try:
@@ -416,21 +450,34 @@ class Activation:
                 else:
                     self._unset.append(registered)
                     continue
-                self._tokens.append((registered.var, registered.var.set(value)))
+                self._tokens.append(registered.var.set(value))
+                self._values.append((registered.var, value))
         except BaseException:
             self.undo()
             raise
 
+    def renew(self) -> None:
+        """Set everything as at the start, whatever the body has left.
+
+        What Celery publishes after the body (chain, link, chord) belongs to the launcher's context, not to
+        variables that the body set and forgot.
+        """
+        for var, value in self._values:
+            if var.get(MISSING) is not value:
+                var.set(value)
+        for registered in self._unset:
+            if registered.value() is not MISSING:
+                # Nobody can unset a ContextVar without the token.
+                registered.var.set(_absent_value(registered))
+
     def undo(self) -> None:
         """Bring back what was set before, in reverse order; calling it again changes nothing."""
+        self.renew()
+        self._values.clear()
+        self._unset.clear()
         while self._tokens:
-            var, token = self._tokens.pop()
-            var.reset(token)
-        while self._unset:
-            registered = self._unset.pop()
-            if registered.value() is not MISSING:
-                # The body set it and left it so.  Nobody can unset a ContextVar without the token.
-                registered.var.set(_absent_value(registered))
+            token = self._tokens.pop()
+            token.var.reset(token)
 
 
 def _absent_value(registered: RegisteredVar) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from .context import MISSING, TenantContext, current_tenant, registered_vars
 from .errors import HeaderError, InvalidTenantError
 
-__all__ = ["HEADER", "MAX_BYTES", "Envelope", "capture", "decode", "encode", "find"]
+__all__ = ["HEADER", "MAX_BYTES", "Envelope", "capture", "carried_by", "decode", "encode", "find"]
 
 HEADER: Final = "rhesis_tasks"
 VERSION: Final = 1
@@ -72,9 +72,15 @@ def encode(envelope: Envelope) -> dict[str, Any]:
             value["extra"] = dict(tenant.extra)
     if envelope.variables:
         value["vars"] = dict(envelope.variables)
-    if tenant is None or tenant.extra or envelope.variables:
+    if envelope.variables or (tenant is not None and (tenant.extra or _long(tenant))):
         _check_portable(value)
     return value
+
+
+def _long(tenant: TenantContext) -> bool:
+    """Whether the ids alone might be too much: a character may take 12 bytes of JSON."""
+    ids = (tenant.organization_id, tenant.user_id or "", tenant.project_id or "")
+    return sum(map(len, ids)) * 12 > MAX_BYTES // 2
 
 
 def _check_portable(value: dict[str, Any]) -> None:
@@ -141,3 +147,19 @@ def find(carrier: Mapping[str, Any] | None) -> object:
     if carrier.get("organization_id") is not None:
         return {"v": VERSION, **{key: carrier[key] for key in _FLAT_KEYS if carrier.get(key) is not None}}
     return None
+
+
+def carried_by(request: object) -> object:
+    """The context header of the message behind a task's request, still encoded; None if it had none.
+
+    A message's headers become attributes of the request, and its ``headers``.  Eager requests have only those;
+    and where another library nests a ``headers`` of its own in the message, only the attributes have ours.
+    """
+    attributes = vars(request)
+    nested = attributes.get("headers")
+    carriers = (attributes, nested if isinstance(nested, Mapping) else {})
+    for carrier in carriers:
+        if carrier.get(HEADER) is not None:
+            return carrier[HEADER]
+    # The flat form last: the attributes organization_id and user_id are also set by us.
+    return find(carriers[1]) or find(carriers[0])

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
@@ -15,8 +16,8 @@ from kombu.utils.uuid import uuid
 
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
-from .headers import HEADER, capture, encode
-from .propagation import is_installed, outgoing_envelope
+from .headers import HEADER, capture, encode, find
+from .propagation import installed_apps, is_installed, outgoing_envelope
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def launch_with_context(
         NotConfiguredError: the task's application was not configured.
     """
     target = _evaluated(task_or_signature)
-    app = target.app
+    app = _app_of(target)
     if not is_installed(app):
         raise NotConfiguredError(
             f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after "
@@ -85,9 +86,10 @@ def launch_with_context(
         signature = target
     tenant = resolve_tenant(context=context, current_user=current_user)
     with tenant_scope(tenant) if tenant else nullcontext():
-        _check_parts(app, signature)
-        bound = _bound(signature, encode(capture()), app)
-        launch_options = dict(options or {})
+        _check_parts(app, signature, *_links(options or {}))
+        header = encode(capture())
+        bound = _bound(signature, header, app)
+        launch_options = _bound_options(options or {}, header, app)
         task_id = launch_options.pop("task_id", None)
         if signature.get("subtask_type") in ("chain", "chord"):
             task_id = _record_whole(app, signature, task_id or uuid())
@@ -134,6 +136,16 @@ def _evaluated(target: Any) -> Any:
     )
 
 
+def _app_of(target: Any) -> Celery:
+    """The application of a task or signature.  One that was stored as JSON does not know its own."""
+    app: Celery = target.app
+    if not is_installed(app) and getattr(target, "_app", None) is None:
+        configured = installed_apps()
+        if len(configured) == 1:
+            return configured[0]
+    return app
+
+
 def _check_arguments(task: Task[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     parameters = inspect.signature(task.run).parameters
     clash = sorted(set(_OURS) & set(parameters))
@@ -172,8 +184,9 @@ def _parts(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         header = kwargs["header"]
         nested += [header] if isinstance(header, Mapping) else list(header)
         nested.append(kwargs["body"])
-    for key in ("link", "link_error"):
-        nested += _listed(options.get(key))
+    elif signature["task"] in ("celery.map", "celery.starmap", "celery.chunks"):
+        nested.append(kwargs["task"])  # called inside Celery's own task
+    nested += _links(options)
     for part in nested:
         if part is not None:
             yield from _parts(part)
@@ -185,10 +198,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _check_parts(app: Celery, signature: Mapping[str, Any]) -> None:
+def _links(options: Mapping[str, Any]) -> list[Any]:
+    return [*_listed(options.get("link")), *_listed(options.get("link_error"))]
+
+
+def _check_parts(app: Celery, *signatures: Mapping[str, Any]) -> None:
     """Refuse the whole before any part is published."""
     launcher = current_tenant()
-    for part in _parts(signature):
+    for part in chain.from_iterable(map(_parts, signatures)):
         headers = (part.get("options") or {}).get("headers")
         bound = outgoing_envelope(headers).tenant
         if launcher is not None and bound is not None and not same_tenant(launcher, bound):
@@ -205,7 +222,7 @@ def _check_parts(app: Celery, signature: Mapping[str, Any]) -> None:
 
 def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) -> Signature[Any]:
     """A copy of a signature, every part of which carries the header.  The caller's own is left as it is."""
-    options = dict(signature.get("options") or {})
+    options = _bound_options(signature.get("options") or {}, header, app)
     kwargs = dict(signature.get("kwargs") or {})
     kind = signature.get("subtask_type")
     if kind in ("chain", "group"):
@@ -216,11 +233,22 @@ def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) ->
             _bound(parts, header, app) if isinstance(parts, Mapping) else [_bound(part, header, app) for part in parts]
         )
         kwargs["body"] = _bound(kwargs["body"], header, app) if kwargs["body"] is not None else None
+    headers = options.get("headers")
+    # Only tasks, since Celery lets the headers of a whole replace those of its parts; and only those that are
+    # not bound already.
+    if kind not in ("chain", "group", "chord") and find(headers) is None:
+        options["headers"] = {**(headers or {}), HEADER: header}
+    kind_of_signature = type(signature) if isinstance(signature, Signature) else Signature
+    return kind_of_signature.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
+
+
+def _bound_options(options: Mapping[str, Any], header: dict[str, Any], app: Celery) -> dict[str, Any]:
+    """A copy of a launch's or a signature's options, whose links carry the header."""
+    bound = dict(options)
     for key in ("link", "link_error"):
-        if options.get(key):
-            options[key] = [_bound(part, header, app) for part in _listed(options[key])]
-    options["headers"] = {**(options.get("headers") or {}), HEADER: header}
-    return Signature.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
+        if bound.get(key):
+            bound[key] = [_bound(part, header, app) for part in _listed(bound[key])]
+    return bound
 
 
 def _record_whole(app: Celery, signature: Mapping[str, Any], task_id: str) -> str:

@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from celery._state import get_current_task
 
-from .context import MISSING, current_tenant, registered_vars
+from .context import LOG_FIELDS, MISSING, current_tenant, registered_vars
 
 __all__ = ["FIELDS", "TASK_LOG_FORMAT", "TaskLogger", "WORKER_LOG_FORMAT", "fields", "install", "uninstall"]
 
-FIELDS: Final = ("organization_id", "user_id", "task_id", "task_name", "root_id")
+FIELDS: Final = LOG_FIELDS
 ABSENT: Final = "-"
 
 WORKER_LOG_FORMAT: Final = (

@@ -20,17 +20,21 @@ from kombu.utils.uuid import uuid
 
 from .context import Activation, TenantContext, tenant_scope
 from .errors import HeaderError
-from .headers import HEADER, Envelope, capture, decode, encode, find
+from .headers import HEADER, Envelope, capture, carried_by, decode, encode, find
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.app.task import Context, Task
 
 __all__ = [
+    "carried_header",
     "envelope_of",
     "install",
+    "installed_apps",
     "is_installed",
     "outgoing_envelope",
+    "renew",
+    "require_restored",
     "restore",
     "uninstall",
     "with_context",
@@ -38,6 +42,9 @@ __all__ = [
 
 _apps: weakref.WeakSet[Celery] = weakref.WeakSet()
 _UID = "rhesis_tasks.propagation"
+# Attributes of a request: what to undo after it, and why its context could not be restored.
+_ACTIVATION = "rhesis_tasks_activation"
+_REFUSAL = "rhesis_tasks_refusal"
 
 
 def install(app: Celery) -> None:
@@ -49,6 +56,10 @@ def install(app: Celery) -> None:
     @functools.wraps(send_task)
     def send_task_with_context(name: str, *args: Any, **options: Any) -> Any:
         headers = options.get("headers")
+        if "task_type" not in options:  # with it, a task of ours is publishing itself, and has checked
+            check_launch = getattr(app.tasks.get(name), "check_launch", None)
+            if check_launch is not None:
+                check_launch(headers)
         envelope = outgoing_envelope(headers)
         options["headers"] = with_context(headers, envelope)
         # A message bound to another tenant (a part of a canvas, a retry) is recorded as that tenant's.
@@ -76,6 +87,11 @@ def uninstall(app: Celery) -> None:
 def is_installed(app: Celery) -> bool:
     """Whether messages of this application carry the context."""
     return app in _apps
+
+
+def installed_apps() -> list[Celery]:
+    """The applications whose messages carry the context."""
+    return list(_apps)
 
 
 # --- publishing ----------------------------------------------------------------------------------------------
@@ -126,18 +142,38 @@ def _recorded(app: Celery, name: str, options: dict[str, Any]) -> Iterator[None]
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def envelope_of(request: Context | Mapping[str, Any] | None) -> Envelope | None:
+def envelope_of(request: Context) -> Envelope | None:
     """What the message behind a task request carried; None if it had no header.
 
     Raises:
         HeaderError: its header cannot be read.
     """
-    if request is None:
-        return None
-    # A message's headers become attributes of the request; in eager mode they are in request.headers only.
-    attributes = request if isinstance(request, Mapping) else vars(request)
-    value = find(attributes) or find(attributes.get("headers"))
+    value = carried_by(request)
     return None if value is None else decode(value)
+
+
+def carried_header(request: Context) -> dict[str, Any]:
+    """The header that a task's message carried, to be published again; empty if it had none."""
+    value = carried_by(request)
+    return {} if value is None else {HEADER: value}
+
+
+def require_restored(request: Context) -> None:
+    """Check that the context which the message carried is the running one.
+
+    Raises:
+        HeaderError: it could not be read, so that nothing may be done in its name.
+    """
+    refusal = vars(request).get(_REFUSAL)
+    if refusal is not None:
+        raise refusal
+
+
+def renew(request: Context) -> None:
+    """Set the context as it was when the body began."""
+    activation = vars(request).get(_ACTIVATION)
+    if activation is not None:
+        activation.renew()
 
 
 def restore(request: Context, tenant: TenantContext | None, envelope: Envelope) -> Activation:
@@ -157,14 +193,15 @@ def _enter(sender: Task[Any, Any], **_: Any) -> None:
     try:
         envelope = envelope_of(request) or Envelope()
         activation = restore(request, envelope.tenant, envelope)
-    except HeaderError:
+    except HeaderError as error:
         # BaseTask refuses the work; until then nothing of whatever ran here before may show.
+        vars(request)[_REFUSAL] = error
         activation = restore(request, None, Envelope())
-    vars(request)["rhesis_tasks_activation"] = activation
+    vars(request)[_ACTIVATION] = activation
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:
     """task_postrun: what was there before comes back."""
-    activation = getattr(sender.request, "rhesis_tasks_activation", None)
+    activation = vars(sender.request).pop(_ACTIVATION, None)
     if activation is not None:
         activation.undo()

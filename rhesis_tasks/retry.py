@@ -70,7 +70,7 @@ class RetryPolicy:
             raise ConfigurationError(f"max_retries must be an int of 0 or more, not {self.max_retries!r}")
         for name, least in (("base", 0.0), ("factor", 1.0), ("cap", 0.0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
                 raise ConfigurationError(f"{name} must be a finite number, not {value!r}")
             if value < least:
                 raise ConfigurationError(f"{name} must be {least:g} or more, not {value!r}")
@@ -97,8 +97,15 @@ class RetryPolicy:
         """The longest wait before the next retry, in seconds."""
         try:
             return min(self.cap, self.base * self.factor**retries)
-        except OverflowError:
-            return self.cap
+        except OverflowError:  # nothing times however much is nothing
+            return self.cap if self.base else self.base
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond what a float holds
+        return False
 
 
 def _exception_types(name: str, value: object) -> ExceptionTypes:

@@ -7,6 +7,7 @@ injection: code that can run arbitrary SQL can set the setting too.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 from .errors import ConfigurationError
@@ -91,7 +92,12 @@ def _quoted_table(table: str) -> str:
 
 
 def _index_name(table: str, column: str) -> str:
-    return f"{table.rpartition('.')[2]}_{column}_rls"[:63]
+    name = f"{table.rpartition('.')[2]}_{column}_rls"
+    if len(name.encode()) <= 63:
+        return name
+    # PostgreSQL would cut it off, so that two long names could become one.
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[:54].decode(errors='ignore')}_{digest}"
 
 
 def _literal(setting: str) -> str:

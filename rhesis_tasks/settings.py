@@ -31,27 +31,27 @@ __all__ = [
 DEFAULT_SCHEMA: Final = "rhesis_tasks"
 """The schema of the library's own tables."""
 
-_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg", "psycopg"})
+_SCHEMES: Final = frozenset({"postgres", "postgresql", "psycopg"})
 _KOMBU_SQLA: Final = "sqla+"
 
 
 def is_postgresql(url: str) -> bool:
     """Whether a URL, in any of the usual forms, names a PostgreSQL database."""
-    return url.partition("://")[0] in _SCHEMES
+    return url.strip().partition("://")[0].partition("+")[0] in _SCHEMES
 
 
 def database_url(url: str | URL) -> URL:
     """A PostgreSQL URL as SQLAlchemy and psycopg 3 want it.
 
-    Understands ``postgres://``, ``postgresql://``, ``postgresql+psycopg://``, several hosts
-    (``h1:5432,h2:5433``), unix sockets (``?host=/path``) and passwords with special characters, percent-encoded
-    or not.
+    Understands ``postgres://``, ``postgresql://``, ``postgresql+psycopg://`` (or another driver's name, which is
+    replaced), several hosts (``h1:5432,h2:5433``), unix sockets (``?host=/path``) and passwords with special
+    characters, percent-encoded or not.
 
     Raises:
         ConfigurationError: it is not a PostgreSQL URL.
     """
     parsed = url if isinstance(url, URL) else _parsed(url.strip())
-    if parsed.get_backend_name() not in {"postgres", "postgresql", "psycopg"}:
+    if parsed.get_backend_name() not in _SCHEMES:
         raise ConfigurationError(
             f"a database URL looks like postgresql://user:password@host/database, not {redacted(parsed)}"
         )
@@ -77,8 +77,12 @@ def _parsed(url: str) -> URL:
         query = "&".join(filter(None, [query, f"host={','.join(names)}", f"port={','.join(ports)}"]))
     try:
         return make_url(f"{scheme}://{credentials}{at}{hosts}/{database}" + (f"?{query}" if query else ""))
-    except (ArgumentError, ValueError) as error:
-        raise ConfigurationError(f"the database URL (scheme {scheme!r}) cannot be read: {error}") from None
+    except (ArgumentError, ValueError):
+        # Their texts may quote what is a password.
+        raise ConfigurationError(
+            f"the database URL (scheme {scheme!r}) cannot be read; it looks like "
+            "postgresql://user:password@host:5432/database"
+        ) from None
 
 
 def _host_and_port(host: str) -> tuple[str, str]:
@@ -91,7 +95,8 @@ def _host_and_port(host: str) -> tuple[str, str]:
 def redacted(url: str | URL) -> str:
     """The URL without its password, for logs and errors."""
     parsed = url if isinstance(url, URL) else _parsed(url)
-    return parsed.render_as_string(hide_password=True)
+    hidden = {name: "***" for name in parsed.query if "password" in name}  # libpq takes them there, too
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def broker_url(url: str) -> str:
@@ -141,6 +146,6 @@ def quote_identifier(name: Any) -> str:
     Raises:
         ConfigurationError: it is not a non-empty string of at most 63 bytes.
     """
-    if not isinstance(name, str) or not name or "\0" in name or len(name.encode()) > 63:
+    if not isinstance(name, str) or not name or not name.isprintable() or len(name.encode()) > 63:
         raise ConfigurationError(f"{name!r:.80} is not an SQL name of 1 to 63 bytes")
     return '"' + name.replace('"', '""') + '"'

@@ -9,24 +9,43 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, Reject, Retry
+from typing_extensions import override
 
 from .context import TenantContext, current_tenant, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, TaskDefinitionError
 from .logs import TaskLogger
-from .propagation import envelope_of, is_installed, outgoing_envelope, with_context
+from .propagation import (
+    carried_header,
+    envelope_of,
+    is_installed,
+    outgoing_envelope,
+    renew,
+    require_restored,
+    with_context,
+)
 from .retry import DEFAULT, RetryLater, RetryPolicy
 from .sessions import TenantSession, sessions_of
 
 if TYPE_CHECKING:
     from celery import Celery
+    from celery.app.task import Context
     from celery.result import EagerResult
 
 __all__ = ["BaseTask", "ContextTask"]
+
+
+# The attribute of a request whose body is running.
+_RUNNING: Final = "rhesis_tasks_running"
+
+
+def _is_plain_call(request: Context) -> bool:
+    """Whether a task is called as a function, from outside a worker or by its own body, and not by the worker."""
+    return bool(request.called_directly or _RUNNING in vars(request))
 
 
 class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
@@ -34,6 +53,43 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     abstract = True
 
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body; called by a worker, the context is afterwards what it was before, whatever the body set."""
+        request = self.request
+        if _is_plain_call(request):
+            return self._call_directly(args, kwargs)
+        vars(request)[_RUNNING] = True
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            renew(request)
+
+    def _call_directly(self, args: Any, kwargs: Any) -> Any:
+        """As a plain function, with a request that names the active tenant."""
+        tenant = current_tenant()
+        _task_stack.push(self)
+        self.push_request(
+            args=args,
+            kwargs=kwargs,
+            organization_id=tenant.organization_id if tenant else None,
+            user_id=tenant.user_id if tenant else None,
+        )
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            self.pop_request()
+            _task_stack.pop()
+
+    @override
+    def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
+        """What a retry publishes: the same context, also where the caller gives headers of its own."""
+        carried = carried_header(self.request if request is None else request)
+        if options.get("headers") is not None and carried:
+            options["headers"] = {**carried, **options["headers"]}
+        return super().signature_from_request(request, *args, **options)
+
+    @override
     def apply(
         self,
         args: Any = None,
@@ -110,6 +166,7 @@ class BaseTask(ContextTask):
 
     # --- launching -----------------------------------------------------------------------------------------
 
+    @override
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, *more: Any, **options: Any
     ) -> Any:
@@ -125,29 +182,35 @@ class BaseTask(ContextTask):
 
     def check_launch(self, headers: Any = None) -> None:
         """Raise what :meth:`apply_async` would raise for want of a tenant or of configuration."""
-        if not is_installed(self.app):
-            raise NotConfiguredError(
-                f"task {self.name} belongs to application {self.app.main!r}, which is not configured.  Call "
-                "rhesis_tasks.configure(app, ...) right after Celery(...)"
-            )
+        self._refuse_unconfigured()
         if self.tenant_required and outgoing_envelope(headers).tenant is None:
             raise MissingTenantError(
                 f"task {self.name} needs a tenant, and none is active.  Launch it with "
                 "launch_with_context(task, ..., current_user=user), or inside tenant_scope(...)"
             )
 
+    def _refuse_unconfigured(self) -> None:
+        if not is_installed(self.app):
+            raise NotConfiguredError(
+                f"task {self.name} belongs to application {self.app.main!r}, which is not configured.  Call "
+                "rhesis_tasks.configure(app, ...) right after Celery(...)"
+            )
+
     # --- running -------------------------------------------------------------------------------------------
 
+    @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
         request = self.request
-        if request.called_directly:
+        if _is_plain_call(request):
             self._refuse_without(current_tenant())
-            return self._call_directly(args, kwargs)
-        envelope = envelope_of(request)  # raises HeaderError for a header that cannot be read
+            return super().__call__(*args, **kwargs)
+        self._refuse_unconfigured()
+        require_restored(request)
+        envelope = envelope_of(request)
         self._refuse_without(envelope.tenant if envelope else None)
         try:
-            return self.run(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
         except (Retry, Ignore, Reject):
             raise
         except Exception as error:
@@ -163,21 +226,6 @@ class BaseTask(ContextTask):
                 "from a configured application, with a tenant active"
             )
 
-    def _call_directly(self, args: Any, kwargs: Any) -> Any:
-        tenant = current_tenant()
-        _task_stack.push(self)
-        self.push_request(
-            args=args,
-            kwargs=kwargs,
-            organization_id=tenant.organization_id if tenant else None,
-            user_id=tenant.user_id if tenant else None,
-        )
-        try:
-            return self.run(*args, **kwargs)
-        finally:
-            self.pop_request()
-            _task_stack.pop()
-
     def _countdown_after(self, error: Exception) -> float | None:
         """Seconds until the next attempt; None if there is none."""
         if getattr(self, "autoretry_for", ()):
@@ -186,6 +234,7 @@ class BaseTask(ContextTask):
         return decision.countdown if isinstance(decision, RetryLater) else None
 
     @classmethod
+    @override
     def on_bound(cls, app: Celery) -> None:
         """Refuse a definition that cannot work, when the task is made.
 

@@ -102,7 +102,7 @@ def _follow_all(accounts: list[Account], launched: list[Launched], console: Cons
 
 
 def _table(outcomes: list[Outcome]) -> Table:
-    table = Table("organization", "user", "launched", "succeeded", "failed", "retried", "tests passed")
+    table = Table("tenant", "user", "launched", "succeeded", "failed", "retried", "tests passed")
     for outcome in outcomes:
         passed = sum(report["passed"] for report in outcome.reports)
         total = sum(report["total"] for report in outcome.reports)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, require_tenant
 from ..errors import HeaderError, MissingTenantError
-from ..headers import decode, find
+from ..headers import carried_by, decode
 from ..settings import database_url, quote_identifier, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
 from .engines import shared_engine
@@ -355,7 +355,7 @@ def _tenant_of(request: Any) -> TenantContext | None:
     The main process of a worker stores results too (lost children, time limits), and has no active tenant.
     """
     if request is not None:
-        carried = find(vars(request)) or find(getattr(request, "headers", None))
+        carried = carried_by(request)
         if carried is not None:
             try:
                 return decode(carried).tenant

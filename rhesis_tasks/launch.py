@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -91,11 +91,10 @@ def launch_with_context(
         bound = _bound(signature, header, app)
         launch_options = _bound_options(options or {}, header, app)
         task_id = launch_options.pop("task_id", None)
-        if signature.get("subtask_type") in ("chain", "chord"):
-            task_id = _record_whole(app, signature, task_id or uuid())
         if task_id is not None:
             launch_options["task_id"] = task_id
-        return bound.apply_async(args, kwargs, **launch_options)
+        with _recorded_whole(app, signature, launch_options):
+            return bound.apply_async(args, kwargs, **launch_options)
 
 
 async def alaunch_with_context(
@@ -251,12 +250,24 @@ def _bound_options(options: Mapping[str, Any], header: dict[str, Any], app: Cele
     return bound
 
 
-def _record_whole(app: Celery, signature: Mapping[str, Any], task_id: str) -> str:
-    """Record the task whose id the caller gets: in a chain or chord it is published last."""
-    record_launch = getattr(app.backend, "record_launch", None)
-    if record_launch is not None:
-        last: Any = signature
-        while last is not None and last.get("subtask_type") in ("chain", "chord"):
-            last = last["kwargs"]["body"] if last["subtask_type"] == "chord" else last["kwargs"]["tasks"][-1]
-        record_launch(task_id, last and last["task"])
-    return task_id
+@contextmanager
+def _recorded_whole(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]) -> Iterator[None]:
+    """A record of the task whose id the caller gets, which in a chain or chord is published last.
+
+    Taken back if the launch fails.
+    """
+    backend: Any = app.backend
+    if signature.get("subtask_type") not in ("chain", "chord") or not hasattr(backend, "record_launch"):
+        yield
+        return
+    last: Any = signature
+    while last is not None and last.get("subtask_type") in ("chain", "chord"):
+        last = last["kwargs"]["body"] if last["subtask_type"] == "chord" else last["kwargs"]["tasks"][-1]
+    task_id = options["task_id"] = options.get("task_id") or uuid()
+    is_new = backend.record_launch(task_id, last and last["task"])
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            backend.discard_launch(task_id)
+        raise

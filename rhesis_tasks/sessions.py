@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, o
 from celery._state import get_current_task
 from celery.local import Proxy
 from sqlalchemy import URL, Connection, Engine, event, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, SessionTransaction
+from typing_extensions import override
 
 from .context import TenantContext, current_tenant, require_tenant, same_tenant
 from .errors import (
@@ -58,7 +59,8 @@ BIND_TENANT: Final = text(
     "current_setting('is_superuser')"
 )
 _BYPASSES: Final = text("SELECT rolbypassrls FROM pg_roles WHERE rolname = current_user")
-_CHECKED: Final = "rhesis_tasks.bypassrls_checked"
+_CHECKED: Final = "rhesis_tasks.bypassrls_checked"  # in the info of a physical connection
+_BEGUN: Final = "rhesis_tasks.begun"  # in the info of a session that has had a transaction
 
 
 def tenant_settings(tenant: TenantContext) -> dict[str, str]:
@@ -84,12 +86,7 @@ class TenantSession(Session):
     """
 
     def __init__(self, *args: Any, tenant: TenantContext | None = None, **kwargs: Any) -> None:
-        bind = kwargs.get("bind", args[0] if args else None)
-        if isinstance(bind, Connection):
-            # The settings would stay on that transaction after this session's commit.
-            raise TenantSessionError(
-                "a tenant session opens its own transactions; it cannot join a Connection.  Give it an Engine"
-            )
+        _refuse_connection(kwargs.get("bind", args[0] if args else None))
         self._tenant = tenant if tenant is not None else require_tenant()
         kwargs["close_resets_only"] = False  # a closed session that reopened would keep its tenant
         super().__init__(*args, **kwargs)
@@ -98,6 +95,21 @@ class TenantSession(Session):
     def tenant(self) -> TenantContext:
         """The tenant, the same for the session's whole life."""
         return self._tenant
+
+    @override
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """As Session's, but refused if it is somebody's Connection."""
+        bind = super().get_bind(*args, **kwargs)
+        _refuse_connection(bind)
+        return bind
+
+
+def _refuse_connection(bind: object) -> None:
+    if isinstance(bind, Connection):
+        # The settings would stay on that transaction after this session's commit.
+        raise TenantSessionError(
+            "a tenant session opens its own transactions; it cannot join a Connection.  Give it an Engine"
+        )
 
 
 @event.listens_for(TenantSession, "after_begin", propagate=True, insert=True)
@@ -111,6 +123,7 @@ def _bind_tenant(session: TenantSession, transaction: SessionTransaction, connec
         # statement would run without a tenant.  Invalidated, it raises PendingRollbackError instead.
         connection.invalidate()
         raise
+    session.info[_BEGUN] = True
 
 
 def _send_tenant(tenant: TenantContext, connection: Connection) -> None:
@@ -177,11 +190,7 @@ class TenantSessions:
             forget_pool_after_fork(self.engine)
         else:
             self.engine = new_engine(url_or_engine, **engine_options)
-        self._session_class: type[TenantSession] = (
-            TenantSession
-            if session_class is Session
-            else type(f"Tenant{session_class.__name__}", (TenantSession, session_class), {})
-        )
+        self._session_class = _tenant_class(session_class)
 
     def __repr__(self) -> str:
         return f"TenantSessions({redacted(self.engine.url)!r})"
@@ -200,25 +209,29 @@ class TenantSessions:
     @contextmanager
     def begin(self, tenant: TenantContext | None = None) -> Iterator[TenantSession]:
         """A session with one transaction: committed at the end, rolled back on any exception, always closed."""
-        with self(tenant) as session, _unavailable_as_ours(self.engine), session.begin():
-            yield session
+        with self(tenant) as session:
+            try:
+                with session.begin():
+                    yield session
+            except OperationalError as error:
+                if _BEGUN in session.info:
+                    raise  # it was reached, and something else is wrong
+                raise DatabaseUnavailableError(
+                    f"cannot connect to {redacted(self.engine.url)}: {error.orig}", url=redacted(self.engine.url)
+                ) from error
 
     def dispose(self) -> None:
         """Close the pooled connections."""
         self.engine.dispose()
 
 
-@contextmanager
-def _unavailable_as_ours(engine: Engine) -> Iterator[None]:
-    """An unreachable database as an error that names it."""
-    try:
-        yield
-    except DBAPIError as error:
-        if isinstance(error, OperationalError) and error.statement is None:  # it failed before any statement
-            raise DatabaseUnavailableError(
-                f"cannot connect to {redacted(engine.url)}: {error.orig}", url=redacted(engine.url)
-            ) from error
-        raise
+def _tenant_class(session_class: type[Session]) -> type[TenantSession]:
+    """A Session class of the application's, made to carry the tenant."""
+    if session_class is Session:
+        return TenantSession
+    if issubclass(session_class, TenantSession):
+        return session_class
+    return type(f"Tenant{session_class.__name__}", (TenantSession, session_class), {})
 
 
 # --- which sessions a decorated function uses ------------------------------------------------------------------

@@ -125,7 +125,7 @@ def require_psycopg() -> None:
     try:
         import psycopg  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("psycopg", "postgres") from error
+        raise MissingExtraError.of("psycopg", "postgres") from error
 
 
 def schema_name(name: str | None = None, environ: Mapping[str, str] = os.environ) -> str:

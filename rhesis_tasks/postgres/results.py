@@ -65,7 +65,6 @@ class PostgresBackend(DatabaseBackend):
     url: Any
     expires: Any
     _ensure_retryable: Any
-    _decode_stored_result: Any
 
     def __init__(self, dburi: str | None = None, *, url: str | None = None, **kwargs: Any) -> None:
         given = url or dburi
@@ -103,6 +102,10 @@ class PostgresBackend(DatabaseBackend):
                 {"organization_id": organization_id},
             )
             yield connection
+
+    def _decode_stored_result(self, payload: bytes | None) -> Any:
+        """As Celery's, but without its way back to pickle: who can write a row shall not run code here."""
+        return None if payload is None else self.decode(payload)
 
     # --- launching ---------------------------------------------------------------------------------------------
 
@@ -206,9 +209,9 @@ class PostgresBackend(DatabaseBackend):
                     "organization_id": _organization(tenant),
                     "task_id": task_id,
                     "user_id": tenant.user_id if tenant else None,
-                    "name": getattr(request, "task", None),
+                    "name": _storable(getattr(request, "task", None)),
                     "state": ours.value,
-                    "custom_state": state if to_celery(ours) != state else None,
+                    "custom_state": _storable(state) if to_celery(ours) != state else None,
                     "retries": getattr(request, "retries", None) or 0,
                     "root_id": getattr(request, "root_id", None),
                     "parent_id": _other(getattr(request, "parent_id", None), task_id),
@@ -216,9 +219,9 @@ class PostgresBackend(DatabaseBackend):
                     "worker": getattr(request, "hostname", None),
                     "result": ensure_bytes(self.encode(result)),
                     "children": ensure_bytes(self.encode(children)) if children else None,
-                    "error_type": error_type,
-                    "error_message": error_message,
-                    "traceback": traceback,
+                    "error_type": _storable(error_type),
+                    "error_message": _storable(error_message),
+                    "traceback": _storable(traceback),
                     "started": ours is State.STARTED,
                     "finished": ours in TERMINAL,
                     "sources": [source.value for source in sources(ours)],
@@ -337,6 +340,8 @@ class PostgresBackend(DatabaseBackend):
 
     def _cleanup(self) -> None:
         """Delete what expired, of all tenants, in batches."""
+        if not self.expires:
+            return  # result_expires is None or 0: they never do
         before = datetime.datetime.now(datetime.UTC) - self.expires
         expire = text(f"SELECT {quote_identifier(self.schema)}.expire_records(:before)")
         while True:
@@ -362,6 +367,13 @@ def _tenant_of(request: Any) -> TenantContext | None:
             except HeaderError:
                 return None  # the failure of a task whose header nobody can read belongs to no tenant
     return current_tenant()
+
+
+def _storable(value: str | None) -> str | None:
+    """A text as PostgreSQL can store it: NUL and lone surrogates are written out."""
+    if value is None:
+        return None
+    return value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def _other(parent_id: str | None, task_id: str) -> str | None:

@@ -186,8 +186,7 @@ def test_a_task_acts_for_other_tenants_in_scopes_only(rig: Rig) -> None:
 def test_a_message_without_a_tenant_is_refused_at_the_worker_and_stored_as_a_failure(rig: Rig) -> None:
     before = rig.worker.output.count("looking around")
     task_id = uuid()
-    # Names registered here are refused at the call already, so the header is emptied on purpose.
-    rig.tasks.app.send_task("tenant_tasks.look", task_id=task_id, headers={"rhesis_tasks": {"v": 1}})
+    publish(rig, task_id, {"v": 1})
     result = rig.tasks.app.AsyncResult(task_id)
 
     with pytest.raises(MissingTenantError, match=r"Its body was not run"):

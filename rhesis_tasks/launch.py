@@ -86,13 +86,11 @@ def launch_with_context(
         signature = target
     tenant = resolve_tenant(context=context, current_user=current_user)
     with tenant_scope(tenant) if tenant else nullcontext():
-        _check_parts(app, signature, *_links(options or {}))
+        # The options of the launch replace those of the signature, headers included.
+        _check_parts(app, {**signature, "options": {**signature["options"], **(options or {})}}, signature)
         header = encode(capture())
         bound = _bound(signature, header, app)
         launch_options = _bound_options(options or {}, header, app)
-        task_id = launch_options.pop("task_id", None)
-        if task_id is not None:
-            launch_options["task_id"] = task_id
         with _recorded_whole(app, signature, launch_options):
             return bound.apply_async(args, kwargs, **launch_options)
 
@@ -138,6 +136,8 @@ def _evaluated(target: Any) -> Any:
 def _app_of(target: Any) -> Celery:
     """The application of a task or signature.  One that was stored as JSON does not know its own."""
     app: Celery = target.app
+    if isinstance(app, Proxy):
+        app = app._get_current_object()
     if not is_installed(app) and getattr(target, "_app", None) is None:
         configured = installed_apps()
         if len(configured) == 1:

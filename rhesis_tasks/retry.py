@@ -96,7 +96,7 @@ class RetryPolicy:
     def bound(self, retries: int) -> float:
         """The longest wait before the next retry, in seconds."""
         try:
-            return min(self.cap, self.base * self.factor**retries)
+            return min(self.cap, self.base * float(self.factor) ** retries)
         except OverflowError:  # nothing times however much is nothing
             return self.cap if self.base else self.base
 

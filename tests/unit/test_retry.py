@@ -1,0 +1,225 @@
+"""When a failed attempt is tried again: a pure function of the error, the attempt and a random source."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kombu.exceptions import OperationalError as BrokerOperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
+
+from rhesis_tasks import RetryPolicy, retry
+from rhesis_tasks.errors import ConfigurationError
+from rhesis_tasks.retry import GiveUp, RetryLater
+
+counts = st.integers(0, 10**4)
+seconds = st.one_of(st.floats(0, 1e308), st.integers(0, 10**9))
+policies = st.builds(
+    RetryPolicy,
+    max_retries=counts,
+    base=seconds,
+    factor=st.one_of(st.floats(1, 1e308), st.integers(1, 10)),
+    cap=seconds,
+)
+draws = st.floats(0, 1, exclude_max=True)
+
+
+class Passing(ConnectionError):
+    """A kind of ConnectionError."""
+
+
+# --- decisions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "retries", "decision"),
+    [
+        pytest.param(RetryPolicy(), ValueError(), 0, RetryLater(0.5), id="first"),
+        pytest.param(RetryPolicy(), ValueError(), 1, RetryLater(1.0), id="second"),
+        pytest.param(RetryPolicy(), ValueError(), 2, RetryLater(2.0), id="third"),
+        pytest.param(RetryPolicy(), ValueError(), 3, GiveUp("all 3 retries are used up"), id="used up"),
+        pytest.param(RetryPolicy(), ValueError(), 99, GiveUp("all 3 retries are used up"), id="long used up"),
+        pytest.param(RetryPolicy(max_retries=0), ValueError(), 0, GiveUp("all 0 retries are used up"), id="never"),
+        pytest.param(RetryPolicy(base=3, factor=1), ValueError(), 2, RetryLater(1.5), id="no growth"),
+        pytest.param(RetryPolicy(base=30, cap=40), ValueError(), 2, RetryLater(20.0), id="capped"),
+        pytest.param(RetryPolicy(base=0), ValueError(), 2, RetryLater(0.0), id="at once"),
+        pytest.param(
+            RetryPolicy(retry_on=ConnectionError), Passing(), 0, RetryLater(0.5), id="a subclass of what is listed"
+        ),
+        pytest.param(
+            RetryPolicy(retry_on=ConnectionError),
+            ValueError(),
+            0,
+            GiveUp("ValueError is not listed in retry_on"),
+            id="not listed",
+        ),
+        pytest.param(
+            RetryPolicy(retry_on=ConnectionError, give_up_on=Passing),
+            Passing(),
+            0,
+            GiveUp("Passing is listed in give_up_on"),
+            id="excepted from what is listed",
+        ),
+        pytest.param(
+            RetryPolicy(retry_on=Passing, give_up_on=ConnectionError),
+            Passing(),
+            0,
+            GiveUp("Passing is listed in give_up_on"),
+            id="giving up wins over a more specific retry",
+        ),
+        pytest.param(
+            RetryPolicy(retry_on=()),
+            ValueError(),
+            0,
+            GiveUp("ValueError is not listed in retry_on"),
+            id="nothing listed",
+        ),
+        pytest.param(
+            RetryPolicy(), KeyboardInterrupt(), 0, GiveUp("KeyboardInterrupt is not listed in retry_on"), id="interrupt"
+        ),
+    ],
+)
+def test_the_decision(policy: RetryPolicy, error: BaseException, retries: int, decision: Any) -> None:
+    assert policy.decide(error, retries, rng=lambda: 0.5) == decision
+
+
+OPERATIONAL = OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+INTERFACE = InterfaceError("SELECT 1", {}, Exception("connection already closed"))
+INTEGRITY = IntegrityError("INSERT", {}, Exception("duplicate key"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError(), ConnectionResetError(), TimeoutError(), OPERATIONAL, INTERFACE, BrokerOperationalError()],
+)
+def test_the_default_policy_tries_lost_connections_again(error: Exception) -> None:
+    assert isinstance(retry.DEFAULT.decide(error, 0), RetryLater)
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyError(), FileNotFoundError(), INTEGRITY])
+def test_the_default_policy_takes_anything_else_for_a_defect(error: Exception) -> None:
+    assert isinstance(retry.DEFAULT.decide(error, 0), GiveUp)
+
+
+@pytest.mark.parametrize("error", [ValueError(), ConnectionError(), OPERATIONAL])
+def test_no_retry_means_that_every_failure_is_final(error: Exception) -> None:
+    assert isinstance(retry.NO_RETRY.decide(error, 0), GiveUp)
+
+
+# --- properties ------------------------------------------------------------------------------------------------
+
+
+@given(policies, counts, draws)
+def test_a_wait_is_never_negative_and_never_beyond_the_cap(policy: RetryPolicy, retries: int, draw: float) -> None:
+    decision = policy.decide(ValueError(), retries, rng=lambda: draw)
+
+    if isinstance(decision, RetryLater):
+        assert 0 <= decision.countdown <= policy.bound(retries) <= policy.cap
+
+
+@given(policies, counts, counts)
+def test_waits_are_bound_by_a_growing_time(policy: RetryPolicy, one: int, other: int) -> None:
+    earlier, later = sorted([one, other])
+
+    assert policy.bound(earlier) <= policy.bound(later)
+
+
+@given(st.integers(0, 50))
+def test_there_are_exactly_as_many_attempts_as_allowed(max_retries: int) -> None:
+    policy = RetryPolicy(max_retries=max_retries)
+
+    retries = 0
+    while isinstance(policy.decide(ValueError(), retries), RetryLater):
+        retries += 1
+
+    assert retries == max_retries
+
+
+@given(policies, st.integers(0, 20), st.integers())
+def test_the_same_source_of_chance_gives_the_same_decision(policy: RetryPolicy, retries: int, seed: int) -> None:
+    decisions = [policy.decide(ValueError(), retries, rng=random.Random(seed).random) for _ in range(2)]
+
+    assert decisions[0] == decisions[1]
+
+
+def test_waits_are_spread_over_the_whole_time_up_to_the_bound() -> None:
+    policy = RetryPolicy(base=100, cap=100)
+    chance = random.Random(1)
+
+    waits = [policy.decide(ValueError(), 0, rng=chance.random).countdown for _ in range(1000)]  # type: ignore[union-attr]
+
+    assert min(waits) < 5
+    assert max(waits) > 95
+    assert 45 < sum(waits) / len(waits) < 55
+
+
+@pytest.mark.parametrize(
+    ("policy", "bound"),
+    [
+        pytest.param(RetryPolicy(max_retries=10**6, cap=60), 60, id="float power"),
+        pytest.param(RetryPolicy(max_retries=10**6, base=1, factor=2, cap=60), 60, id="int power"),
+        pytest.param(RetryPolicy(max_retries=10**6, base=1e308, factor=1e308, cap=60), 60, id="product"),
+        pytest.param(RetryPolicy(max_retries=10**6, base=1e-300, factor=1.0, cap=60), 1e-300, id="no growth"),
+        pytest.param(RetryPolicy(max_retries=10**6, base=0, cap=60), 0, id="no wait at all"),
+    ],
+)
+def test_the_bound_of_the_millionth_wait_is_a_plain_number(policy: RetryPolicy, bound: float) -> None:
+    assert policy.bound(10**6) == bound
+    assert math.isfinite(policy.bound(10**6))
+
+
+# --- the value -------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RetryPolicy().max_retries = 1  # type: ignore[misc]
+
+
+def test_equal_policies_are_interchangeable() -> None:
+    assert RetryPolicy(retry_on=ValueError) == RetryPolicy(retry_on=[ValueError])  # type: ignore[arg-type]
+    assert hash(RetryPolicy(retry_on=ValueError)) == hash(RetryPolicy(retry_on=(ValueError,)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [ValueError, (ValueError,), [ValueError], {ValueError}, frozenset({ValueError})])
+def test_exception_classes_are_kept_as_a_tuple(given: Any) -> None:
+    policy = RetryPolicy(retry_on=given, give_up_on=given)
+
+    assert policy.retry_on == policy.give_up_on == (ValueError,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"max_retries": -1}, "max_retries must be an int of 0 or more, not -1"),
+        ({"max_retries": 1.0}, "max_retries must be an int of 0 or more, not 1.0"),
+        ({"max_retries": True}, "max_retries must be an int of 0 or more, not True"),
+        ({"max_retries": None}, "max_retries must be an int of 0 or more, not None"),
+        ({"base": -0.1}, "base must be 0 or more, not -0.1"),
+        ({"base": "1"}, "base must be a finite number, not '1'"),
+        ({"base": True}, "base must be a finite number, not True"),
+        ({"base": None}, "base must be a finite number, not None"),
+        ({"base": math.nan}, "base must be a finite number, not nan"),
+        ({"factor": 0.9}, "factor must be 1 or more, not 0.9"),
+        ({"factor": math.inf}, "factor must be a finite number, not inf"),
+        ({"cap": -1}, "cap must be 0 or more, not -1"),
+        ({"cap": math.inf}, "cap must be a finite number, not inf"),
+        ({"cap": 10**400}, f"cap must be a finite number, not {10**400}"),
+        ({"retry_on": None}, "retry_on must be exception classes, not None"),
+        ({"retry_on": "ValueError"}, "retry_on must be exception classes, not 'ValueError'"),
+        ({"retry_on": int}, "retry_on must be exception classes, not <class 'int'>"),
+        ({"retry_on": (ValueError, "x")}, "retry_on must be exception classes, not (<class 'ValueError'>, 'x')"),
+        ({"give_up_on": ValueError("x")}, "give_up_on must be exception classes, not ValueError('x')"),
+        ({"give_up_on": (int,)}, "give_up_on must be exception classes, not (<class 'int'>,)"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        RetryPolicy(**arguments)
+
+    assert str(caught.value) == text

@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy.pool import NullPool
+
 from . import logs, propagation
 from .errors import ConfigurationError, NotSupportedError
 from .sessions import TenantSessions, sessions_of, use_sessions
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
-from .settings import is_postgresql, result_backend_url, schema_name
+from .settings import result_backend_url, schema_name
 from .task import ContextTask
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 # kombu's SQLAlchemy transport: a pool would be inherited by worker processes that are forked later, and there is
 # no broadcast, so that remote control only logs errors.
 _SQLA_DEFAULTS: Final[Mapping[str, Any]] = {
+    "broker_transport_options": {"poolclass": NullPool},
     "worker_enable_remote_control": False,
     "worker_send_task_events": False,
 }
@@ -157,10 +160,6 @@ def _apply_settings(
     defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema}
     if broker is not None:
         defaults["broker_url"] = broker_form(broker)
-        if is_postgresql(broker):
-            from sqlalchemy.pool import NullPool
-
-            defaults |= {**_SQLA_DEFAULTS, "broker_transport_options": {"poolclass": NullPool}}
     if results is not None:
         defaults["result_backend"] = result_backend_url(results)
     _add_defaults(app, defaults)
@@ -169,8 +168,8 @@ def _apply_settings(
         app.conf.update(broker_url=broker_form(explicit_broker))
     if explicit_results is not None:
         app.conf.update(result_backend=result_backend_url(explicit_results))
-    if wanted.result_backend is not None:
-        # Celery reads CELERY_RESULT_BACKEND by itself, above all else and only in its own forms.
+    if wanted.result_backend is not None and os.environ.get("CELERY_RESULT_BACKEND"):
+        # Celery reads this variable by itself, above all else and only in its own forms.
         app.backend_cls = result_backend_url(wanted.result_backend)
 
 
@@ -182,6 +181,8 @@ def _add_defaults(app: Celery, defaults: dict[str, Any]) -> None:
 
     def add(**_: Any) -> None:
         conf: Any = app.conf
+        if str(conf.broker_url or defaults.get("broker_url")).startswith("sqla+postgresql"):
+            defaults.update(_SQLA_DEFAULTS)
         conf.maps.insert(len(conf.maps) - 1, defaults)  # the last are Celery's own
         conf.defaults.insert(len(conf.defaults) - 1, defaults)
 

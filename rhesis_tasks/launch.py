@@ -16,8 +16,8 @@ from kombu.utils.uuid import uuid
 
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
-from .headers import HEADER, capture, encode, find
-from .propagation import installed_apps, is_installed, outgoing_envelope
+from .headers import HEADER, find
+from .propagation import installed_apps, is_installed, outgoing_envelope, with_context
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -88,9 +88,12 @@ def launch_with_context(
     with tenant_scope(tenant) if tenant else nullcontext():
         # The options of the launch replace those of the signature, headers included.
         _check_parts(app, {**signature, "options": {**signature["options"], **(options or {})}}, signature)
-        header = encode(capture())
-        bound = _bound(signature, header, app)
-        launch_options = _bound_options(options or {}, header, app)
+        launch_options = dict(options or {})
+        headers = launch_options.pop("headers", None)
+        # Celery would let the launch's headers replace those of the parts.
+        headers = with_context(headers, outgoing_envelope(headers))
+        bound = _bound(signature, headers, app)
+        launch_options |= _bound_links(launch_options, headers, app)
         with _recorded_whole(app, signature, launch_options):
             return bound.apply_async(args, kwargs, **launch_options)
 
@@ -219,35 +222,39 @@ def _check_parts(app: Celery, *signatures: Mapping[str, Any]) -> None:
             task.check_launch(headers)
 
 
-def _bound(signature: Mapping[str, Any], header: dict[str, Any], app: Celery) -> Signature[Any]:
-    """A copy of a signature, every part of which carries the header.  The caller's own is left as it is."""
-    options = _bound_options(signature.get("options") or {}, header, app)
+def _bound(signature: Mapping[str, Any], headers: dict[str, Any], app: Celery) -> Signature[Any]:
+    """A copy of a signature, every part of which carries the headers.  The caller's own is left as it is."""
+    options = dict(signature.get("options") or {})
+    options |= _bound_links(options, headers, app)
     kwargs = dict(signature.get("kwargs") or {})
     kind = signature.get("subtask_type")
     if kind in ("chain", "group"):
-        kwargs["tasks"] = [_bound(part, header, app) for part in kwargs["tasks"]]
+        kwargs["tasks"] = [_bound(part, headers, app) for part in kwargs["tasks"]]
     elif kind == "chord":
         parts = kwargs["header"]
         kwargs["header"] = (
-            _bound(parts, header, app) if isinstance(parts, Mapping) else [_bound(part, header, app) for part in parts]
+            _bound(parts, headers, app)
+            if isinstance(parts, Mapping)
+            else [_bound(part, headers, app) for part in parts]
         )
-        kwargs["body"] = _bound(kwargs["body"], header, app) if kwargs["body"] is not None else None
-    headers = options.get("headers")
-    # Only tasks, since Celery lets the headers of a whole replace those of its parts; and only those that are
-    # not bound already.
-    if kind not in ("chain", "group", "chord") and find(headers) is None:
-        options["headers"] = {**(headers or {}), HEADER: header}
+        kwargs["body"] = _bound(kwargs["body"], headers, app) if kwargs["body"] is not None else None
+    else:
+        # Only tasks, since Celery lets the headers of a whole replace those of its parts.  One that is bound
+        # already stays so.
+        own = options.get("headers") or {}
+        carried = headers if find(own) is None else {key: value for key, value in headers.items() if key != HEADER}
+        options["headers"] = {**carried, **own}
     kind_of_signature = type(signature) if isinstance(signature, Signature) else Signature
     return kind_of_signature.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
 
 
-def _bound_options(options: Mapping[str, Any], header: dict[str, Any], app: Celery) -> dict[str, Any]:
-    """A copy of a launch's or a signature's options, whose links carry the header."""
-    bound = dict(options)
-    for key in ("link", "link_error"):
-        if bound.get(key):
-            bound[key] = [_bound(part, header, app) for part in _listed(bound[key])]
-    return bound
+def _bound_links(options: Mapping[str, Any], headers: dict[str, Any], app: Celery) -> dict[str, Any]:
+    """The links among a launch's or a signature's options, carrying the headers."""
+    return {
+        key: [_bound(part, headers, app) for part in _listed(options[key])]
+        for key in ("link", "link_error")
+        if options.get(key)
+    }
 
 
 @contextmanager

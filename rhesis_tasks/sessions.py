@@ -56,11 +56,12 @@ BIND_TENANT: Final = text(
     f"SELECT set_config('{ORGANIZATION_SETTING}', :organization_id, true), "
     f"set_config('{USER_SETTING}', :user_id, true), "
     f"set_config('{PROJECT_SETTING}', :project_id, true), "
-    "current_setting('is_superuser')"
+    "current_setting('is_superuser'), current_user"
 )
 _BYPASSES: Final = text("SELECT rolbypassrls FROM pg_roles WHERE rolname = current_user")
 _CHECKED: Final = "rhesis_tasks.bypassrls_checked"  # in the info of a physical connection
-_BEGUN: Final = "rhesis_tasks.begun"  # in the info of a session that has had a transaction
+_ASKED: Final = "rhesis_tasks.asked"  # in the info of a session that has asked for a connection ...
+_BEGUN: Final = "rhesis_tasks.begun"  # ... and that has got one with a transaction
 
 
 def tenant_settings(tenant: TenantContext) -> dict[str, str]:
@@ -101,6 +102,7 @@ class TenantSession(Session):
         """As Session's, but refused if it is somebody's Connection."""
         bind = super().get_bind(*args, **kwargs)
         _refuse_connection(bind)
+        self.info[_ASKED] = True
         return bind
 
 
@@ -150,13 +152,13 @@ def _send_tenant(tenant: TenantContext, connection: Connection) -> None:
             "the login is a superuser, whom row-level security does not bind.  Connect as an application role "
             "that is neither superuser nor owner of the tables nor BYPASSRLS"
         )
-    if not connection.info.get(_CHECKED):
+    if connection.info.get(_CHECKED) != row[4]:  # once for each role that the connection acts as
         if connection.execute(_BYPASSES).scalar_one():
             raise UnsafeConnectionError(
                 "the login has BYPASSRLS, so that row-level security does not bind it.  Connect as an application "
                 "role without it"
             )
-        connection.info[_CHECKED] = True
+        connection.info[_CHECKED] = row[4]
 
 
 class TenantSessions:
@@ -214,8 +216,8 @@ class TenantSessions:
                 with session.begin():
                     yield session
             except OperationalError as error:
-                if _BEGUN in session.info:
-                    raise  # it was reached, and something else is wrong
+                if _BEGUN in session.info or _ASKED not in session.info:
+                    raise  # it was reached and something else is wrong, or it is another database's error
                 raise DatabaseUnavailableError(
                     f"cannot connect to {redacted(self.engine.url)}: {error.orig}", url=redacted(self.engine.url)
                 ) from error

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["BaseTask", "ContextTask"]
 
 
-# The attribute of a request whose body is running.
+# Attributes of a request: its body is running; it has called self.retry().
 _RUNNING: Final = "rhesis_tasks_running"
+_RETRIED: Final = "rhesis_tasks_retried"
 
 
 def _is_plain_call(request: Context) -> bool:
@@ -222,14 +223,20 @@ class BaseTask(ContextTask):
     def _refuse_without(self, tenant: TenantContext | None) -> None:
         if self.tenant_required and tenant is None:
             raise MissingTenantError(
-                f"task {self.name} needs a tenant, and its message carries none.  Its body was not run.  Launch it "
-                "from a configured application, with a tenant active"
+                f"task {self.name} needs a tenant, and none came with its message or is active.  "
+                "Its body was not run.  Launch it from a configured application, with a tenant active"
             )
+
+    @override
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's; where it gives up, the retry policy is not asked again."""
+        vars(self.request)[_RETRIED] = True
+        return super().retry(*args, **kwargs)
 
     def _countdown_after(self, error: Exception) -> float | None:
         """Seconds until the next attempt; None if there is none."""
-        if getattr(self, "autoretry_for", ()):
-            return None  # Celery's own rules have decided already
+        if getattr(self, "autoretry_for", ()) or _RETRIED in vars(self.request):
+            return None  # Celery's own rules, or the body's self.retry(), have decided already
         decision = self.retry_policy.decide(error, self.request.retries)
         return decision.countdown if isinstance(decision, RetryLater) else None
 

@@ -53,7 +53,7 @@ class TenantDatabase:
         """Run SQL as the owner, in one transaction."""
         with self.owner.begin() as connection:
             for statement in statements:
-                connection.exec_driver_sql(statement)
+                connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
 
 
 @pytest.fixture(scope="session")

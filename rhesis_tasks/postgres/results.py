@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from celery.backends.database import DatabaseBackend
 from celery.result import result_from_tuple
 from kombu.utils.encoding import ensure_bytes
-from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy import Connection, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, require_tenant
@@ -28,6 +29,11 @@ from .engines import shared_engine
 from .schema import ORGANIZATION_SETTING, ensure_schema
 
 __all__ = ["PostgresBackend", "TaskRecord"]
+
+T = TypeVar("T")
+
+ATTEMPTS: Final = 4
+"""How often a statement is tried on a connection that may be lost."""
 
 _NO_TENANT: Final = ""
 _ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
@@ -64,7 +70,6 @@ class PostgresBackend(DatabaseBackend):
     app: Any
     url: Any
     expires: Any
-    _ensure_retryable: Any
 
     def __init__(self, dburi: str | None = None, *, url: str | None = None, **kwargs: Any) -> None:
         given = url or dburi
@@ -73,6 +78,8 @@ class PostgresBackend(DatabaseBackend):
         super().__init__(dburi=given, url=given, **{**kwargs, "max_cached_results": -1})
         # Celery hands "postgresql+psycopg://..." over as "psycopg://...".
         self.url = database_url(self.url).render_as_string(hide_password=False)
+        # What Celery calls by itself it tries again by these.  (Celery 5.6 does so only if told to.)
+        self.always_retry, self.max_retries = True, ATTEMPTS - 1
         self.schema = schema_name(self.app.conf.get("rhesis_tasks_schema"))
         self._records = f"{quote_identifier(self.schema)}.task_record"
         self._groups = f"{quote_identifier(self.schema)}.group_record"
@@ -88,6 +95,17 @@ class PostgresBackend(DatabaseBackend):
 
     def on_backend_retryable_error(self, exc: BaseException) -> None:
         """SQLAlchemy's pool has dropped the connection already."""
+
+    def _retrying(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function again if its connection was lost, as Celery does with what it calls."""
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                return function(*args)
+            except Exception as error:
+                if not self.exception_safe_to_retry(error):
+                    raise
+                time.sleep(0.1 * 2**attempt)
+        return function(*args)
 
     @contextmanager
     def _begin(self, organization_id: str) -> Iterator[Connection]:
@@ -118,7 +136,7 @@ class PostgresBackend(DatabaseBackend):
             Whether the task is new; False if it has a record already (a retry, a replacement, a part of a
             canvas that was recorded with the whole).
         """
-        return bool(self._ensure_retryable(self._record_launch, task_id, name, root_id or task_id, parent_id))
+        return bool(self._retrying(self._record_launch, task_id, name, root_id or task_id, parent_id))
 
     def _record_launch(self, task_id: str, name: str | None, root_id: str, parent_id: str | None) -> bool:
         tenant = current_tenant()
@@ -151,8 +169,19 @@ class PostgresBackend(DatabaseBackend):
         return bool(inserted)
 
     def discard_launch(self, task_id: str) -> None:
-        """Take back the record of a launch that failed."""
-        self.forget(task_id)
+        """Take back the record of a launch that failed, unless a worker has the message all the same."""
+        self._retrying(self._discard_launch, task_id)
+
+    def _discard_launch(self, task_id: str) -> None:
+        organization_id = _organization(current_tenant())
+        with self._begin(organization_id) as connection:
+            connection.execute(
+                text(
+                    f"DELETE FROM {self._records} "  # noqa: S608
+                    "WHERE organization_id = :o AND task_id = :id AND state = :state"
+                ),
+                {"o": organization_id, "id": task_id, "state": State.QUEUED.value},
+            )
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -236,7 +265,7 @@ class PostgresBackend(DatabaseBackend):
         Raises:
             MissingTenantError: no tenant is active.
         """
-        row = self._ensure_retryable(self._row, task_id, require_tenant().organization_id)
+        row = self._retrying(self._row, task_id, require_tenant().organization_id)
         if row is None:
             return None
         state = State(row["state"])
@@ -338,16 +367,18 @@ class PostgresBackend(DatabaseBackend):
                 {"o": organization_id, "id": group_id},
             )
 
-    def _cleanup(self) -> None:
+    def cleanup(self) -> None:
         """Delete what expired, of all tenants, in batches."""
         if not self.expires:
             return  # result_expires is None or 0: they never do
         before = datetime.datetime.now(datetime.UTC) - self.expires
         expire = text(f"SELECT {quote_identifier(self.schema)}.expire_records(:before)")
-        while True:
-            with self._begin(_NO_TENANT) as connection:
-                if not connection.scalar(expire, {"before": before}):
-                    return
+        while self._retrying(self._expire_batch, expire, before):
+            pass
+
+    def _expire_batch(self, expire: TextClause, before: datetime.datetime) -> int:
+        with self._begin(_NO_TENANT) as connection:
+            return int(connection.scalar(expire, {"before": before}) or 0)
 
 
 def _organization(tenant: TenantContext | None) -> str:

@@ -6,6 +6,7 @@ role may not create tables.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Final
 
@@ -21,6 +22,8 @@ VERSION: Final = 1
 
 ORGANIZATION_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""
+
+_log = logging.getLogger(__name__)
 
 _LOCK_KEY: Final = 0x72686573  # "rhes": any number will do, as long as all agree on it
 
@@ -145,7 +148,7 @@ def create_schema(bind: Engine | Connection, *, schema: str | None = None, roles
             create_schema(connection, schema=schema, roles=roles)
         return
     bind.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-    bind.exec_driver_sql(schema_sql(schema, roles))
+    bind.exec_driver_sql(schema_sql(schema, roles), execution_options={"no_parameters": True})
 
 
 def ensure_schema(engine: Engine, schema: str) -> None:
@@ -160,6 +163,11 @@ def ensure_schema(engine: Engine, schema: str) -> None:
             # to_regclass() raises nothing for a schema that is missing or that this login may not use.
             if connection.scalar(text("SELECT to_regclass(:name)"), {"name": version_table}) is None:
                 create_schema(connection, schema=schema)
+                _log.warning(
+                    "the tables in schema %r were created by the application's own login, which as their owner is not "
+                    "bound by their row-level security.  Let another role run create_schema(engine, roles=[...]) first",
+                    schema,
+                )
             found = connection.scalar(text(f"SELECT max(version) FROM {version_table}"))  # noqa: S608
     except ProgrammingError as error:
         if getattr(error.orig, "sqlstate", None) != "42501":

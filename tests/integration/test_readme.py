@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import URL, Connection, create_engine
@@ -76,8 +75,3 @@ def test_the_route_of_the_readme_is_a_route() -> None:
     )
 
     assert set(names["api"].openapi()["paths"]) == {"/reports", "/tasks/{task_id}"}  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_every_link_of_the_readme_leads_somewhere(target: str) -> None:
-    assert urlsplit(target).scheme or (ROOT / target).exists()

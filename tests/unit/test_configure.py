@@ -150,6 +150,17 @@ def test_settings_given_to_celery_win_over_ours(
     assert app.conf.task_acks_late is False
 
 
+def test_what_only_kombus_sql_transport_needs_is_left_out_for_a_broker_of_the_applications_own(
+    make_app: Callable[..., Celery],
+) -> None:
+    app = make_app(configured=False, broker="amqp://rabbit//")
+
+    configure(app, DATABASE)
+
+    assert app.conf.worker_enable_remote_control is True
+    assert app.conf.broker_transport_options == {}
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_settings_of_app_conf_win_over_ours_whenever_they_are_made(bare: Celery, when: str) -> None:
     def set_own() -> None:

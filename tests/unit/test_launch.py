@@ -445,6 +445,15 @@ def test_parts_that_are_bound_already_keep_their_tenant_if_the_launcher_has_none
     assert [message.envelope.tenant for message in published(tasks.app)] == [GLOBEX] * 3
 
 
+def test_headers_among_the_options_leave_every_part_of_a_canvas_bound(tasks: Tasks, work_off: Any) -> None:
+    canvas = chord([tasks.add.s(1), tasks.add.s(2)], tasks.total.s())
+
+    launch_with_context(canvas, context=ACME, options={"headers": {"x": 1}})
+    work_off(tasks.app)
+
+    assert tasks.seen == [("add", ACME), ("add", ACME), ("total", ACME)]
+
+
 def test_headers_among_the_options_travel_along(tasks: Tasks, published: Any) -> None:
     headers = {"x": 1}
 

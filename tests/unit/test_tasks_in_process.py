@@ -691,6 +691,17 @@ def test_celerys_autoretry_wins_over_the_policy(app: Celery, run: Any, seen: lis
     assert seen == [("KeyError", ACME, 0), ("KeyError", ACME, 1), ("ValueError", ACME, 0)]
 
 
+def test_where_a_retry_by_hand_gives_up_the_policy_is_not_asked(app: Celery, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask, bind=True, name="poll", retry_policy=RetryPolicy(max_retries=5, base=0))
+    def poll(self: Any) -> None:
+        seen.append(self.request.retries)
+        raise self.retry(exc=ConnectionError("not yet"), countdown=0, max_retries=1)
+
+    run(poll)
+
+    assert seen == [0, 1]
+
+
 def test_a_retry_is_due_when_the_policy_says(app: Celery, work_off: Any, seen: list[Any]) -> None:
     @app.task(
         base=BaseTask, bind=True, name="fail", retry_policy=RetryPolicy(max_retries=1, base=3600, factor=1, cap=3600)

@@ -4,21 +4,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MINIMUM := .venv-minimum
 
-.PHONY: demo test lint types unit integration wheel constraints clean
+.PHONY: demo test lint types unit integration minimum wheel constraints clean
 
 demo: $(READY)  ## the main job, for real
 	@$(BIN)/rhesis-tasks demo $(ARGS)
 
-test: lint types unit integration wheel  ## everything that CI checks
+test: lint types unit integration minimum wheel  ## everything that CI checks
 
 $(READY): constraints.txt pyproject.toml
+	$(set-up)
+
+$(MINIMUM)/.ready: constraints-minimum.txt pyproject.toml
+	$(set-up)
+
+define set-up
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is $(PYTHON) %s.  Say which: make PYTHON=python3.12" % sys.version.split()[0])'
-	@echo "Setting up $(VENV) (once) ..."
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "Setting up $(@D) (once) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+endef
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,12 +42,17 @@ unit: $(READY)
 integration: $(READY)  ## on real PostgreSQL, with real workers
 	$(BIN)/pytest tests/integration -n 2 --dist loadfile
 
+minimum: $(MINIMUM)/.ready  ## with the oldest versions of what we depend on
+	$(MINIMUM)/bin/python -m pytest tests/unit tests/integration/test_results.py tests/integration/test_sessions.py -n 2 --dist loadfile
+
 wheel: $(READY)  ## built, installed into clean environments, and imported there without extras
 	$(BIN)/pytest tests/wheel
 
 constraints:  ## pin the newest versions that pyproject.toml allows
 	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-header --upgrade --quiet -o constraints.txt
+	uv pip compile pyproject.toml --extra demo --group minimum --resolution lowest-direct --universal \
+	  --python-version 3.11 --generate-hashes --no-header --upgrade --quiet -o constraints-minimum.txt
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MINIMUM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

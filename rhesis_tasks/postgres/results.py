@@ -314,8 +314,9 @@ class PostgresBackend(DatabaseBackend):
         }
         return dict(self.meta_from_decoded(meta))
 
-    def _task_result_exists(self, task_id: str) -> bool:
-        return self._row(task_id, _organization(current_tenant())) is not None
+    def task_result_exists(self, task_id: str) -> bool:
+        """Whether the active tenant has a record of this task."""
+        return self._retrying(self._row, task_id, _organization(current_tenant())) is not None
 
     def _forget(self, task_id: str) -> None:
         organization_id = _organization(current_tenant())

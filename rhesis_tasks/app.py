@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.app.defaults import SETTING_KEYS
 from sqlalchemy.pool import NullPool
 
 from . import logs, propagation
@@ -96,6 +97,9 @@ def configure(
         ConfigurationError: the application is in use already, was configured otherwise, or a URL is wrong.
         MissingExtraError: a PostgreSQL URL is given and psycopg is not installed.
     """
+    unknown = sorted(set(overrides) - SETTING_KEYS)
+    if unknown:
+        raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
     if signing_keys:
         raise NotSupportedError("signing_keys= is reserved: signed context is not available in this version")
     environ = os.environ

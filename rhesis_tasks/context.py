@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Context, ContextVar, Token
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Protocol, TypeAlias
@@ -43,7 +44,7 @@ MAX_ID_LENGTH: Final = 255
 
 
 class CurrentUser(Protocol):
-    """Anything with an ``id`` and an ``organization_id``: an ORM row, a Pydantic model, a token's claims."""
+    """Anything with the attributes ``id`` and ``organization_id``: an ORM row, a Pydantic model, a dataclass."""
 
     @property
     def id(self) -> Any: ...
@@ -84,6 +85,18 @@ def _identifier(field: str, value: object) -> str:
     return text
 
 
+class _Frozen(dict[str, str | bool | int]):
+    """A dict that stays as it is; unlike a mappingproxy it can be copied, and written as JSON."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TypeError("the extra values of a tenant cannot be changed; make a new TenantContext")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Frozen, (dict(self),)
+
+
 def _described(value: object) -> str:
     try:
         return f"{type(value).__name__}: {value!r:.80}"
@@ -118,7 +131,7 @@ class TenantContext:
         set_field(self, "organization_id", _identifier("organization_id", organization_id))
         set_field(self, "user_id", None if user_id is None else _identifier("user_id", user_id))
         set_field(self, "project_id", None if project_id is None else _identifier("project_id", project_id))
-        set_field(self, "extra", MappingProxyType(_checked_extra(extra)))
+        set_field(self, "extra", _Frozen(_checked_extra(extra)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.organization_id, self.user_id, self.project_id, dict(self.extra))
@@ -169,6 +182,11 @@ def as_tenant(source: TenantContext | CurrentUser, /) -> TenantContext:
 _tenant: ContextVar[TenantContext | None] = ContextVar("rhesis_tasks.tenant", default=None)
 
 
+# The tokens of the scopes that are open here.  In the context, not on the scope: threads and asyncio tasks may
+# enter one and the same scope at once.
+_open_scopes: ContextVar[tuple[Token[TenantContext | None], ...]] = ContextVar("rhesis_tasks.open_scopes", default=())
+
+
 def current_tenant() -> TenantContext | None:
     """The tenant that the running code works for, or None."""
     return _tenant.get()
@@ -199,20 +217,21 @@ class tenant_scope:
         InvalidTenantError: at construction, if it is neither.
     """
 
-    __slots__ = ("_tokens", "tenant")
+    __slots__ = ("tenant",)
 
     def __init__(self, ctx_or_user: TenantContext | CurrentUser, /) -> None:
         self.tenant = as_tenant(ctx_or_user)
-        self._tokens: list[Token[TenantContext | None]] = []
 
     def __enter__(self) -> TenantContext:
-        self._tokens.append(_tenant.set(self.tenant))
+        _open_scopes.set((*_open_scopes.get(), _tenant.set(self.tenant)))
         return self.tenant
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        _tenant.reset(self._tokens.pop())
+        *outer, token = _open_scopes.get()
+        _open_scopes.set(tuple(outer))
+        _tenant.reset(token)
 
     async def __aenter__(self) -> TenantContext:
         return self.__enter__()
@@ -221,6 +240,16 @@ class tenant_scope:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.__exit__(exc_type, exc, tb)
+
+
+@contextmanager
+def exactly(tenant: TenantContext | None) -> Iterator[None]:
+    """This tenant, or none, for a block: for messages whose own header says for whom they are."""
+    token = _tenant.set(tenant)
+    try:
+        yield
+    finally:
+        _tenant.reset(token)
 
 
 def same_tenant(one: TenantContext, other: TenantContext) -> bool:

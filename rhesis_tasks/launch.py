@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from itertools import chain
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
@@ -14,10 +13,10 @@ from celery.canvas import Signature, maybe_signature
 from celery.local import Proxy
 from kombu.utils.uuid import uuid
 
+from .canvas import COMPOSITES, Part, bound, bound_links, last_task, parts
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
-from .headers import HEADER, find
-from .propagation import installed_apps, is_installed, outgoing_envelope, with_context
+from .propagation import installed_apps, is_installed, outgoing_envelope, recorded, with_context
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -78,24 +77,18 @@ def launch_with_context(
             "session= and idempotency_key= are reserved: they need a broker that takes part in the database "
             "transaction, which this one does not"
         )
-    if isinstance(target, Task):
-        _check_arguments(target, args, kwargs)
-        signature = target.signature(args, kwargs)
-        args, kwargs = (), {}
-    else:
-        signature = target
+    signature, args, kwargs = _signature_of(target, args, kwargs)
     tenant = resolve_tenant(context=context, current_user=current_user)
     with tenant_scope(tenant) if tenant else nullcontext():
-        # The options of the launch replace those of the signature, headers included.
-        _check_parts(app, {**signature, "options": {**signature["options"], **(options or {})}}, signature)
         launch_options = dict(options or {})
+        # The options of the launch replace those of the signature, headers included.
+        whole = {**signature, "options": {**(signature.get("options") or {}), **launch_options}}
+        _check_parts(app, whole, args, kwargs)
         headers = launch_options.pop("headers", None)
-        # Celery would let the launch's headers replace those of the parts.
         headers = with_context(headers, outgoing_envelope(headers))
-        bound = _bound(signature, headers, app)
-        launch_options |= _bound_links(launch_options, headers, app)
-        with _recorded_whole(app, signature, launch_options):
-            return bound.apply_async(args, kwargs, **launch_options)
+        launch_options |= bound_links(launch_options, headers, app)
+        with _recorded(app, signature, launch_options):
+            return bound(signature, headers, app).apply_async(args, kwargs, **launch_options)
 
 
 async def alaunch_with_context(
@@ -148,133 +141,76 @@ def _app_of(target: Any) -> Celery:
     return app
 
 
-def _check_arguments(task: Task[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    parameters = inspect.signature(task.run).parameters
-    clash = sorted(set(_OURS) & set(parameters))
-    if clash:
-        raise TaskArgumentsError(
-            f"task {task.name} has a parameter named like one of launch_with_context's own: {', '.join(clash)}.  "
-            "Launch a signature instead: launch_with_context(task.s(...), ...)"
-        )
-    check = getattr(task, "__header__", None)
-    if task.typing and check is not None:
-        try:
-            check(*args, **kwargs)
-        except TypeError as error:
+def _signature_of(
+    target: Task[Any, Any] | Signature[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Signature[Any], tuple[Any, ...], dict[str, Any]]:
+    """What is launched as a signature, and the arguments that are still to be given to it."""
+    if isinstance(target, Task):
+        clash = sorted(set(_OURS) & set(inspect.signature(target.run).parameters))
+        if clash:
             raise TaskArgumentsError(
-                f"{error}; task {task.name} is called as {task.name.rpartition('.')[2]}{_shown(task)}"
-            ) from None
+                f"task {target.name} has a parameter named like one of launch_with_context's own: "
+                f"{', '.join(clash)}.  Launch a signature instead: launch_with_context(task.s(...), ...)"
+            )
+        signature = target.signature(args, kwargs)
+        _check_arguments(target, Part(signature, 0))
+        return signature, (), {}
+    if target.get("subtask_type") not in COMPOSITES:
+        return target, args, kwargs
+    if target["subtask_type"] == "chain" and not target["kwargs"]["tasks"]:
+        raise TaskArgumentsError("an empty chain has nothing to launch")
+    return target, args, kwargs
 
 
-def _shown(task: Task[Any, Any]) -> str:
-    return str(inspect.signature(task.run))
-
-
-# --- canvas ----------------------------------------------------------------------------------------------------
-
-
-def _parts(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A signature and all signatures in it, in the dict form that all of them have."""
-    yield signature
-    kwargs = signature.get("kwargs") or {}
-    options = signature.get("options") or {}
-    kind = signature.get("subtask_type")
-    nested: list[Any] = []
-    if kind in ("chain", "group"):
-        nested += kwargs["tasks"]
-    elif kind == "chord":
-        header = kwargs["header"]
-        nested += [header] if isinstance(header, Mapping) else list(header)
-        nested.append(kwargs["body"])
-    elif signature["task"] in ("celery.map", "celery.starmap", "celery.chunks"):
-        nested.append(kwargs["task"])  # called inside Celery's own task
-    nested += _links(options)
-    for part in nested:
-        if part is not None:
-            yield from _parts(part)
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _links(options: Mapping[str, Any]) -> list[Any]:
-    return [*_listed(options.get("link")), *_listed(options.get("link_error"))]
-
-
-def _check_parts(app: Celery, *signatures: Mapping[str, Any]) -> None:
-    """Refuse the whole before any part is published."""
+def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse the whole, as launched with these further arguments, before any part is published."""
+    given: int | None = len(args)
+    if kwargs and signature.get("subtask_type") in COMPOSITES:
+        given = None  # Celery alone knows which parts get them
+    elif kwargs and not signature.get("immutable"):
+        signature = {**signature, "kwargs": {**signature["kwargs"], **kwargs}}
     launcher = current_tenant()
-    for part in chain.from_iterable(map(_parts, signatures)):
-        headers = (part.get("options") or {}).get("headers")
-        bound = outgoing_envelope(headers).tenant
-        if launcher is not None and bound is not None and not same_tenant(launcher, bound):
+    for part in parts(signature, given):
+        name = part.signature["task"]
+        headers = (part.signature.get("options") or {}).get("headers")
+        named = outgoing_envelope(headers).tenant
+        if launcher is not None and named is not None and not same_tenant(launcher, named):
             raise TenantConflictError(
-                f"{part['task']} is bound to {bound} by its headers, but is launched for {launcher}.  Launch what "
-                "belongs to different tenants separately",
-                first=bound,
+                f"{name} is bound to {named} by its headers, but is launched for {launcher}.  Launch what belongs to "
+                "different tenants separately",
+                first=named,
                 second=launcher,
             )
-        task = app.tasks.get(part["task"])
+        task = app.tasks.get(name)
         if isinstance(task, BaseTask):
             task.check_launch(headers)
+        if task is not None and part.given is not None and part.signature.get("subtask_type") not in COMPOSITES:
+            _check_arguments(task, part)
 
 
-def _bound(signature: Mapping[str, Any], headers: dict[str, Any], app: Celery) -> Signature[Any]:
-    """A copy of a signature, every part of which carries the headers.  The caller's own is left as it is."""
-    options = dict(signature.get("options") or {})
-    options |= _bound_links(options, headers, app)
-    kwargs = dict(signature.get("kwargs") or {})
-    kind = signature.get("subtask_type")
-    if kind in ("chain", "group"):
-        kwargs["tasks"] = [_bound(part, headers, app) for part in kwargs["tasks"]]
-    elif kind == "chord":
-        parts = kwargs["header"]
-        kwargs["header"] = (
-            _bound(parts, headers, app)
-            if isinstance(parts, Mapping)
-            else [_bound(part, headers, app) for part in parts]
-        )
-        kwargs["body"] = _bound(kwargs["body"], headers, app) if kwargs["body"] is not None else None
-    else:
-        # Only tasks, since Celery lets the headers of a whole replace those of its parts.  One that is bound
-        # already stays so.
-        own = options.get("headers") or {}
-        carried = headers if find(own) is None else {key: value for key, value in headers.items() if key != HEADER}
-        options["headers"] = {**carried, **own}
-    kind_of_signature = type(signature) if isinstance(signature, Signature) else Signature
-    return kind_of_signature.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
-
-
-def _bound_links(options: Mapping[str, Any], headers: dict[str, Any], app: Celery) -> dict[str, Any]:
-    """The links among a launch's or a signature's options, carrying the headers."""
-    return {
-        key: [_bound(part, headers, app) for part in _listed(options[key])]
-        for key in ("link", "link_error")
-        if options.get(key)
-    }
-
-
-@contextmanager
-def _recorded_whole(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]) -> Iterator[None]:
-    """A record of the task whose id the caller gets, which in a chain or chord is published last.
-
-    Taken back if the launch fails.
-    """
-    backend: Any = app.backend
-    if signature.get("subtask_type") not in ("chain", "chord") or not hasattr(backend, "record_launch"):
-        yield
+def _check_arguments(task: Task[Any, Any], part: Part) -> None:
+    """Raise TaskArgumentsError if a part's arguments do not fit its task."""
+    check = getattr(task, "__header__", None)
+    if not task.typing or check is None:
         return
-    last: Any = signature
-    while last is not None and last.get("subtask_type") in ("chain", "chord"):
-        last = last["kwargs"]["body"] if last["subtask_type"] == "chord" else last["kwargs"]["tasks"][-1]
-    task_id = options["task_id"] = options.get("task_id") or uuid()
-    is_new = backend.record_launch(task_id, last and last["task"])
+    before = () if part.signature.get("immutable") else (None,) * (part.given or 0)
+    args, kwargs = part.signature.get("args") or (), part.signature.get("kwargs") or {}
     try:
-        yield
-    except BaseException:
-        if is_new:
-            backend.discard_launch(task_id)
-        raise
+        check(*before, *args, **kwargs)
+    except TypeError as error:
+        parameters = inspect.signature(task.run)
+        hints = [f"{error}; task {task.name} is called as {task.name.rpartition('.')[2]}{parameters}"]
+        if next(iter(parameters.parameters), "") == "self":
+            hints.append("a task that takes self needs @app.task(bind=True)")
+        if {"user", "tenant"} & set(kwargs):
+            hints.append("who launches it is given as current_user= or context=")
+        raise TaskArgumentsError(".  ".join(hints)) from None
+
+
+def _recorded(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]) -> AbstractContextManager[None]:
+    """A record of the task whose id the caller gets, which in a chain or chord is published last."""
+    last = last_task(signature)
+    if last is None or signature.get("subtask_type") not in COMPOSITES:
+        return nullcontext()  # there is none, or its record is made when it is published, right away
+    options["task_id"] = options.get("task_id") or uuid()
+    return recorded(app, options["task_id"], last["task"])

@@ -3,8 +3,8 @@
 Publishing: every message of an installed application passes through its ``send_task``, so the header is put
 in there.  (``before_task_publish`` does not say which application publishes, and swallows exceptions.)
 Running: ``task_prerun`` sets the context, ``task_postrun`` brings back what was there; both in the thread
-that runs the body.  Signals only carry: nothing here refuses work.  That is done by
-:class:`~rhesis_tasks.BaseTask`.
+that runs the body.  Signals only carry, since Celery swallows what they raise; whether work is refused is up to
+:class:`~rhesis_tasks.BaseTask`, which asks here what was carried.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun
 from kombu.utils.uuid import uuid
 
-from .context import Activation, TenantContext, tenant_scope
-from .errors import HeaderError
+from .context import Activation, exactly
+from .errors import HeaderError, NotConfiguredError
 from .headers import HEADER, Envelope, capture, carried_by, decode, encode, find
 
 if TYPE_CHECKING:
@@ -27,15 +27,17 @@ if TYPE_CHECKING:
     from celery.app.task import Context, Task
 
 __all__ = [
+    "as_launched",
+    "begin",
     "carried_header",
     "envelope_of",
     "install",
     "installed_apps",
     "is_installed",
     "outgoing_envelope",
+    "recorded",
     "renew",
     "require_restored",
-    "restore",
     "uninstall",
     "with_context",
 ]
@@ -54,18 +56,36 @@ def install(app: Celery) -> None:
     send_task = app.send_task
 
     @functools.wraps(send_task)
-    def send_task_with_context(name: str, *args: Any, **options: Any) -> Any:
+    def send_task_with_context(
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        countdown: Any = None,
+        eta: Any = None,
+        task_id: str | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        if not app.conf.broker_url:
+            raise NotConfiguredError(
+                f"application {app.main!r} has no broker.  Set DATABASE_URL, or call configure(app, database_url) or "
+                "configure(app, broker_url=...)"
+            )
         headers = options.get("headers")
-        if "task_type" not in options:  # with it, a task of ours is publishing itself, and has checked
-            check_launch = getattr(app.tasks.get(name), "check_launch", None)
-            if check_launch is not None:
-                check_launch(headers)
+        check_launch = getattr(app.tasks.get(name), "check_launch", None)
+        if check_launch is not None:
+            check_launch(headers)
         envelope = outgoing_envelope(headers)
         options["headers"] = with_context(headers, envelope)
-        # A message bound to another tenant (a part of a canvas, a retry) is recorded as that tenant's.
-        scope = nullcontext() if envelope.tenant is None else tenant_scope(envelope.tenant)
-        with scope, _recorded(app, name, options):
-            return send_task(name, *args, **options)
+        task_id = task_id or uuid()
+        # A retry has its record, and writes its own state.
+        keeps_record = not (options.get("ignore_result") or options.get("retries"))
+        # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
+        with (
+            exactly(envelope.tenant),
+            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record else nullcontext(),
+        ):
+            return send_task(name, args, kwargs, countdown, eta, task_id, *more, **options)
 
     # On the instance, so that other applications in the process are untouched.
     app.send_task = send_task_with_context  # type: ignore[method-assign]
@@ -116,27 +136,31 @@ def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[
 
 
 @contextmanager
-def _recorded(app: Celery, name: str, options: dict[str, Any]) -> Iterator[None]:
-    """A record of the launch, if the result backend keeps such; taken back if the message is not published."""
+def recorded(app: Celery, task_id: str, name: str, **lineage: str | None) -> Iterator[None]:
+    """A record that the active tenant launched a task, taken back if the block fails.
+
+    Nothing, if the result backend keeps no such records.
+    """
     backend: Any = app.backend
-    # A retry has its record, and writes its own state.
-    if options.get("ignore_result") or options.get("retries") or not hasattr(backend, "record_launch"):
+    if not hasattr(backend, "record_launch"):
         yield
         return
-    task_id = options["task_id"] = options.get("task_id") or uuid()
-    parent = app.current_worker_task
-    is_new = backend.record_launch(
-        task_id,
-        name,
-        root_id=options.get("root_id") or (parent and (parent.request.root_id or parent.request.id)),
-        parent_id=options.get("parent_id") or (parent and parent.request.id),
-    )
+    is_new = backend.record_launch(task_id, name, **lineage)
     try:
         yield
     except BaseException:
         if is_new:
             backend.discard_launch(task_id)
         raise
+
+
+def _lineage(app: Celery, options: Mapping[str, Any]) -> dict[str, str | None]:
+    """The root and the parent of a task about to be published, as Celery sees them."""
+    parent: Any = app.current_worker_task
+    return {
+        "root_id": options.get("root_id") or (parent and (parent.request.root_id or parent.request.id)),
+        "parent_id": options.get("parent_id") or (parent and parent.request.id),
+    }
 
 
 # --- running -------------------------------------------------------------------------------------------------
@@ -159,7 +183,7 @@ def carried_header(request: Context) -> dict[str, Any]:
 
 
 def require_restored(request: Context) -> None:
-    """Check that the context which the message carried is the running one.
+    """Check that the context which the message carried could be restored.
 
     Raises:
         HeaderError: it could not be read, so that nothing may be done in its name.
@@ -169,6 +193,18 @@ def require_restored(request: Context) -> None:
         raise refusal
 
 
+def begin(request: Context) -> None:
+    """Make sure that the running context is the one that the message carried, right before the body.
+
+    It is already, unless somebody else's ``task_prerun`` changed it, or ours did not come to its end.
+    """
+    activation = vars(request).get(_ACTIVATION)
+    if activation is None:
+        _restore(request)
+    else:
+        activation.renew()
+
+
 def renew(request: Context) -> None:
     """Set the context as it was when the body began."""
     activation = vars(request).get(_ACTIVATION)
@@ -176,28 +212,40 @@ def renew(request: Context) -> None:
         activation.renew()
 
 
-def restore(request: Context, tenant: TenantContext | None, envelope: Envelope) -> Activation:
-    """Set the context that a request carried, and name the tenant on the request as applications read it."""
-    activation = Activation(tenant, envelope.variables)
-    vars(request).update(
-        organization_id=tenant.organization_id if tenant else None, user_id=tenant.user_id if tenant else None
-    )
-    return activation
+@contextmanager
+def as_launched(request: Context) -> Iterator[None]:
+    """The context that the message carried, whatever scope the body is in at the moment."""
+    envelope = envelope_of(request)
+    if envelope is None:
+        yield
+        return
+    activation = Activation(envelope.tenant, envelope.variables)
+    try:
+        yield
+    finally:
+        activation.undo()
+
+
+def _restore(request: Context) -> None:
+    """Set the context that a request carried, and name the tenant on it as applications read it."""
+    try:
+        envelope = envelope_of(request) or Envelope()
+        activation = Activation(envelope.tenant, envelope.variables)
+    except HeaderError as error:
+        # BaseTask refuses the work; until then nothing of whatever ran here before may show.
+        vars(request)[_REFUSAL] = error
+        envelope = Envelope()
+        activation = Activation(None, {})
+    tenant = envelope.tenant
+    vars(request)[_ACTIVATION] = activation
+    vars(request)["organization_id"] = tenant.organization_id if tenant else None
+    vars(request)["user_id"] = tenant.user_id if tenant else None
 
 
 def _enter(sender: Task[Any, Any], **_: Any) -> None:
     """task_prerun: the context of the message becomes the running one."""
-    if sender.app not in _apps:
-        return
-    request = sender.request
-    try:
-        envelope = envelope_of(request) or Envelope()
-        activation = restore(request, envelope.tenant, envelope)
-    except HeaderError as error:
-        # BaseTask refuses the work; until then nothing of whatever ran here before may show.
-        vars(request)[_REFUSAL] = error
-        activation = restore(request, None, Envelope())
-    vars(request)[_ACTIVATION] = activation
+    if sender.app in _apps:
+        _restore(sender.request)
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:

@@ -83,7 +83,7 @@ class TenantSession(Session):
         MissingTenantError: at construction, if no tenant is given and none is active.
         TenantSessionError: it is given somebody's connection with an open transaction.
         UnsafeConnectionError: when a transaction begins, if the connection cannot enforce the tenant.
-        TenantConflictError: when a transaction begins while another tenant is active.
+        TenantConflictError: before a statement, while another tenant is active.
     """
 
     def __init__(self, *args: Any, tenant: TenantContext | None = None, **kwargs: Any) -> None:
@@ -99,11 +99,23 @@ class TenantSession(Session):
 
     @override
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
-        """As Session's, but refused if it is somebody's Connection."""
+        """As Session's, asked before each statement; refused for somebody's Connection, or another tenant's code."""
+        _refuse_other_tenant(self._tenant)
         bind = super().get_bind(*args, **kwargs)
         _refuse_connection(bind)
         self.info[_ASKED] = True
         return bind
+
+
+def _refuse_other_tenant(tenant: TenantContext) -> None:
+    active = current_tenant()
+    if active is not None and not same_tenant(active, tenant):
+        raise TenantConflictError(
+            f"this session belongs to {tenant}, but the running code works for {active}.  Open a session inside "
+            "tenant_scope(...) for each tenant",
+            first=tenant,
+            second=active,
+        )
 
 
 def _refuse_connection(bind: object) -> None:
@@ -129,14 +141,6 @@ def _bind_tenant(session: TenantSession, transaction: SessionTransaction, connec
 
 
 def _send_tenant(tenant: TenantContext, connection: Connection) -> None:
-    active = current_tenant()
-    if active is not None and not same_tenant(active, tenant):
-        raise TenantConflictError(
-            f"this session belongs to {tenant}, but the running code works for {active}.  Open a session inside "
-            "tenant_scope(...) for each tenant",
-            first=tenant,
-            second=active,
-        )
     # The driver is asked, since SQLAlchemy does not know of autocommit set in a connect listener.
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
         raise UnsafeConnectionError(

@@ -20,6 +20,8 @@ from .context import TenantContext, current_tenant, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, TaskDefinitionError
 from .logs import TaskLogger
 from .propagation import (
+    as_launched,
+    begin,
     carried_header,
     envelope_of,
     is_installed,
@@ -61,6 +63,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if _is_plain_call(request):
             return self._call_directly(args, kwargs)
         vars(request)[_RUNNING] = True
+        begin(request)
         try:
             return self.run(*args, **kwargs)
         finally:
@@ -84,11 +87,23 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     @override
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
-        """What a retry publishes: the same context, also where the caller gives headers of its own."""
-        carried = carried_header(self.request if request is None else request)
-        if options.get("headers") is not None and carried:
-            options["headers"] = {**carried, **options["headers"]}
+        """What a retry publishes: the context of the message, whatever scope or headers the body retries with."""
+        request = self.request if request is None else request
+        # Always, since request.headers lacks ours where another library's headers are nested in the message.
+        options["headers"] = {**(options.get("headers") or request.headers or {}), **carried_header(request)}
         return super().signature_from_request(request, *args, **options)
+
+    @override
+    def replace(self, sig: Any) -> Any:
+        """As Celery's; the replacement works for the same tenant, whatever scope the body is in."""
+        with as_launched(self.request):
+            return super().replace(sig)
+
+    @override
+    def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
+        """As Celery's; what is added works for the same tenant, whatever scope the body is in."""
+        with as_launched(self.request):
+            return super().add_to_chord(sig, lazy)  # type: ignore[call-overload]
 
     @override
     def apply(
@@ -141,7 +156,7 @@ class BaseTask(ContextTask):
 
     @property
     def tenant(self) -> TenantContext:
-        """The tenant that the task works for.
+        """The tenant that the task works for; inside a ``tenant_scope`` of its body, that of the scope.
 
         Raises:
             MissingTenantError: there is none (only possible where ``tenant_required`` is False).

@@ -33,13 +33,17 @@ def shared_engine(url: str) -> Engine:
     return new_engine(url)
 
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
 def forget_pool_after_fork(engine: Engine) -> None:
     """Let a forked child start with an empty pool: the sockets in it are its parent's."""
-    reference = weakref.ref(engine)
+    _engines.add(engine)
 
-    def forget() -> None:
-        inherited = reference()
-        if inherited is not None:
-            inherited.dispose(close=False)
 
-    os.register_at_fork(after_in_child=forget)
+def _forget_pools() -> None:
+    for engine in list(_engines):
+        engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_pools)

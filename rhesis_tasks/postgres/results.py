@@ -17,16 +17,16 @@ from typing import Any, Final, TypeVar
 from celery.backends.database import DatabaseBackend
 from celery.result import result_from_tuple
 from kombu.utils.encoding import ensure_bytes
-from sqlalchemy import Connection, RowMapping, TextClause, text
+from sqlalchemy import Connection, Engine, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from ..context import TenantContext, current_tenant, require_tenant
-from ..errors import HeaderError, MissingTenantError
+from ..context import TenantContext, current_tenant, exactly, require_tenant
+from ..errors import DatabaseUnavailableError, HeaderError, MissingTenantError
 from ..headers import carried_by, decode
-from ..settings import database_url, quote_identifier, schema_name
+from ..settings import database_url, quote_identifier, redacted, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
 from .engines import shared_engine
-from .schema import ORGANIZATION_SETTING, ensure_schema
+from .schema import RECORDS_SETTING, ensure_schema
 
 __all__ = ["PostgresBackend", "TaskRecord"]
 
@@ -89,12 +89,20 @@ class PostgresBackend(DatabaseBackend):
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Whether a statement may succeed on another connection."""
-        return isinstance(exc, OperationalError | InterfaceError) or (
+        return isinstance(exc, OperationalError | InterfaceError | DatabaseUnavailableError) or (
             isinstance(exc, DBAPIError) and exc.connection_invalidated
         )
 
     def on_backend_retryable_error(self, exc: BaseException) -> None:
         """SQLAlchemy's pool has dropped the connection already."""
+
+    def _connected(self, engine: Engine) -> Connection:
+        try:
+            return engine.connect()
+        except OperationalError as error:
+            raise DatabaseUnavailableError(
+                f"cannot connect to {redacted(engine.url)}: {error.orig}", url=redacted(engine.url)
+            ) from None
 
     def _retrying(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function again if its connection was lost, as Celery does with what it calls."""
@@ -112,11 +120,12 @@ class PostgresBackend(DatabaseBackend):
         """A transaction of one tenant."""
         engine = shared_engine(self.url)
         if (self.url, self.schema) not in _ready:
+            self._connected(engine).close()
             ensure_schema(engine, self.schema)
             _ready.add((self.url, self.schema))
-        with engine.begin() as connection:
+        with self._connected(engine) as connection, connection.begin():
             connection.execute(
-                text(f"SELECT set_config('{ORGANIZATION_SETTING}', :organization_id, true)"),
+                text(f"SELECT set_config('{RECORDS_SETTING}', :organization_id, true)"),
                 {"organization_id": organization_id},
             )
             yield connection
@@ -256,6 +265,24 @@ class PostgresBackend(DatabaseBackend):
                     "sources": [source.value for source in sources(ours)],
                 },
             )
+
+    def mark_as_failure(
+        self,
+        task_id: str,
+        exc: Exception,
+        traceback: str | None = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = "FAILURE",
+    ) -> None:
+        """As Celery's, under the tenant of the task that failed.
+
+        In a worker's main process (time limits, lost children) nobody is active, and the rest of a failed
+        chain, and its error callbacks, are to be that tenant's too.
+        """
+        with exactly(_tenant_of(request)):
+            super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
 
     # --- reading -----------------------------------------------------------------------------------------------
 

@@ -16,11 +16,11 @@ from sqlalchemy.exc import ProgrammingError
 from ..errors import ConfigurationError
 from ..settings import quote_identifier, schema_name
 
-__all__ = ["ORGANIZATION_SETTING", "VERSION", "create_schema", "ensure_schema", "schema_sql"]
+__all__ = ["RECORDS_SETTING", "VERSION", "create_schema", "ensure_schema", "schema_sql"]
 
 VERSION: Final = 1
 
-ORGANIZATION_SETTING: Final = "rhesis_tasks.organization_id"
+RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""
 
 _log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ CREATE TABLE IF NOT EXISTS {schema}.task_record (
     PRIMARY KEY (organization_id, task_id)
 );
 CREATE INDEX IF NOT EXISTS task_record_finished_at ON {schema}.task_record (finished_at);
+CREATE INDEX IF NOT EXISTS task_record_unfinished ON {schema}.task_record (launched_at) WHERE finished_at IS NULL;
 
 CREATE TABLE IF NOT EXISTS {schema}.group_record (
     organization_id text NOT NULL DEFAULT '',
@@ -87,18 +88,22 @@ INSERT INTO {schema}.schema_version (version)
 SELECT {version} WHERE NOT EXISTS (SELECT FROM {schema}.schema_version);
 """
 
-# Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers.
+# Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete
+# what has just ended.  What never ended (its message or its worker was lost) goes thirty days later.
 _FUNCTIONS: Final = """\
 CREATE OR REPLACE FUNCTION {schema}.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH old_tasks AS (
         DELETE FROM {schema}.task_record WHERE (organization_id, task_id) IN (
-            SELECT organization_id, task_id FROM {schema}.task_record WHERE finished_at < before
+            SELECT organization_id, task_id FROM {schema}.task_record
+            WHERE finished_at < least(before, now() - interval '1 minute')
+               OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days')
             LIMIT batch FOR UPDATE SKIP LOCKED)
         RETURNING 1),
     old_groups AS (
         DELETE FROM {schema}.group_record WHERE (organization_id, group_id) IN (
-            SELECT organization_id, group_id FROM {schema}.group_record WHERE created_at < before
+            SELECT organization_id, group_id FROM {schema}.group_record
+            WHERE created_at < least(before, now() - interval '1 minute')
             LIMIT batch FOR UPDATE SKIP LOCKED)
         RETURNING 1)
     SELECT (SELECT count(*) FROM old_tasks) + (SELECT count(*) FROM old_groups)
@@ -126,7 +131,7 @@ def schema_sql(schema: str | None = None, roles: Iterable[str] = ()) -> str:
     """
     names = {
         "schema": quote_identifier(schema_name(schema)),
-        "setting": ORGANIZATION_SETTING,
+        "setting": RECORDS_SETTING,
         "version": VERSION,
     }
     grants = [_GRANTS.format(role=quote_identifier(role), **names) for role in roles]

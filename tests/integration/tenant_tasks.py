@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import threading
 from contextvars import ContextVar
 from typing import Any
 
@@ -148,9 +147,9 @@ def add_notes_by_hand(self: BaseTask, bodies: list[str]) -> list[int]:
 
 
 @app.task(base=BaseTask, bind=True)
-def die(self: BaseTask) -> None:
-    """Kills the process it runs in."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def hang(self: BaseTask) -> None:
+    """Waits for ever."""
+    threading.Event().wait()
 
 
 @app.task(base=BaseTask, bind=True)

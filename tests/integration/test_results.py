@@ -21,11 +21,11 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from rhesis_tasks import BaseTask, TenantContext, launch_with_context, tenant_scope
-from rhesis_tasks.errors import MissingTenantError
+from rhesis_tasks.errors import DatabaseUnavailableError, MissingTenantError
 from rhesis_tasks.headers import HEADER, Envelope, encode
 from rhesis_tasks.postgres.engines import shared_engine
 from rhesis_tasks.postgres.results import PostgresBackend, TaskRecord
-from rhesis_tasks.postgres.schema import ORGANIZATION_SETTING, create_schema
+from rhesis_tasks.postgres.schema import RECORDS_SETTING, create_schema
 from rhesis_tasks.processes import free_port
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.states import State, sources, to_celery
@@ -632,7 +632,7 @@ def test_the_applications_role_sees_the_rows_of_its_setting_only(
 
     with application.begin() as connection:
         if setting is not None:
-            connection.execute(text("SELECT set_config(:n, :v, true)"), {"n": ORGANIZATION_SETTING, "v": setting})
+            connection.execute(text("SELECT set_config(:n, :v, true)"), {"n": RECORDS_SETTING, "v": setting})
         seen = connection.scalars(text(f"SELECT organization_id FROM rhesis_tasks.{table}")).all()
         deleted = connection.scalars(text(f"DELETE FROM rhesis_tasks.{table} RETURNING organization_id")).all()
         connection.rollback()
@@ -647,7 +647,7 @@ def test_nothing_is_left_on_the_connections_of_the_backend(app: Celery, backend:
         backend.get_record("one")
 
     with shared_engine(backend.url).connect() as connection:
-        assert connection.scalar(text(f"SELECT current_setting('{ORGANIZATION_SETTING}', true)")) == ""
+        assert connection.scalar(text(f"SELECT current_setting('{RECORDS_SETTING}', true)")) == ""
         seen = connection.scalars(text("SELECT organization_id FROM rhesis_tasks.task_record")).all()
     assert seen == [""]
 
@@ -666,7 +666,7 @@ def test_the_applications_role_cannot_write_another_tenants_row(
         f"UPDATE rhesis_tasks.{table} SET organization_id = '', {key} = 'x'",
     ):
         with application.connect() as connection, connection.begin() as transaction:
-            connection.execute(text(f"SELECT set_config('{ORGANIZATION_SETTING}', 'acme', true)"))
+            connection.execute(text(f"SELECT set_config('{RECORDS_SETTING}', 'acme', true)"))
             with pytest.raises(ProgrammingError, match="row-level security"):
                 connection.execute(text(statement))
             transaction.rollback()
@@ -740,3 +740,12 @@ def test_the_tables_may_be_in_another_schema(
 
     assert rows(tenant_database, "SELECT organization_id, task_id FROM jobs.task_record") == [("acme", "one")]
     assert rows(tenant_database) == []
+
+
+def test_a_launch_without_its_database_says_which_one_cannot_be_reached(make_app: MakeApp) -> None:
+    app = make_app("postgresql://me:hunter2@127.0.0.1:1/none")
+
+    with tenant_scope(ACME), pytest.raises(DatabaseUnavailableError, match=r"me:\*\*\*@127.0.0.1:1") as caught:
+        app.send_task("elsewhere")
+
+    assert "hunter2" not in str(caught.value)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from celery.result import GroupResult
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.pool import NullPool
@@ -284,6 +285,7 @@ def test_the_function_that_expires_records_cannot_be_led_to_run_the_callers_code
     app = make_app()
     with tenant_scope(ACME):
         app.backend.store_result("one", 42, "SUCCESS")
+    an_hour_later(tenant_database)
     schema = quote_identifier(tenant_database.role)  # the role has one of its own
 
     with application.begin() as connection:
@@ -304,11 +306,49 @@ def test_the_function_that_expires_records_cannot_be_led_to_run_the_callers_code
     assert expired == 1
 
 
-def test_expiry_takes_a_batch_at_a_time(application: Engine, make_app: MakeApp) -> None:
+def an_hour_later(database: TenantDatabase) -> None:
+    database.execute("UPDATE rhesis_tasks.task_record SET finished_at = finished_at - interval '1 hour'")
+
+
+def test_what_has_just_ended_cannot_be_expired_by_whoever_may_expire(application: Engine, make_app: MakeApp) -> None:
+    app = make_app()
+    with tenant_scope(ACME):
+        app.backend.store_result("one", 42, "SUCCESS")
+        app.backend.save_group("group", GroupResult("group", []))
+
+    with application.begin() as connection:
+        expired = connection.scalar(text("SELECT rhesis_tasks.expire_records('infinity')"))
+
+    assert expired == 0
+
+
+def test_what_never_ended_expires_in_the_end(
+    tenant_database: TenantDatabase, application: Engine, make_app: MakeApp
+) -> None:
+    app = make_app()
+    with tenant_scope(ACME):
+        for days in (1, 29, 31, 60):
+            app.backend.record_launch(f"lost {days}", "work")
+    for days in (1, 29, 31, 60):
+        tenant_database.execute(
+            f"UPDATE rhesis_tasks.task_record SET launched_at = now() - interval '{days} days' "
+            f"WHERE task_id = 'lost {days}'"
+        )
+
+    with application.begin() as connection:
+        expired = connection.scalar(text("SELECT rhesis_tasks.expire_records(now())"))
+
+    assert expired == 2
+
+
+def test_expiry_takes_a_batch_at_a_time(
+    tenant_database: TenantDatabase, application: Engine, make_app: MakeApp
+) -> None:
     app = make_app()
     with tenant_scope(ACME):
         for number in range(5):
             app.backend.store_result(f"task {number}", 42, "SUCCESS")
+    an_hour_later(tenant_database)
 
     with application.begin() as connection:
         batches = [connection.scalar(text("SELECT rhesis_tasks.expire_records(now(), 2)")) for _ in range(4)]

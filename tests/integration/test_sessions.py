@@ -522,12 +522,21 @@ def test_after_a_swallowed_conflict_no_statement_runs_without_a_tenant(
         with tenant_scope(notes.globex), pytest.raises(TenantConflictError):
             notes.seen(db)
 
-        with pytest.raises(PendingRollbackError):
-            notes.seen(db)
         assert statements == []
-        db.rollback()
 
         assert notes.seen(db) == notes.of(notes.acme)
+
+
+def test_an_open_session_does_not_serve_code_that_works_for_another_tenant(
+    notes: Notes, sessions: TenantSessions
+) -> None:
+    with tenant_scope(notes.acme), sessions.begin() as db:
+        before = notes.seen(db)
+
+        with tenant_scope(notes.globex), pytest.raises(TenantConflictError):
+            notes.seen(db)
+
+        assert notes.seen(db) == before == notes.of(notes.acme)
 
 
 def test_after_a_swallowed_refusal_no_statement_runs_without_a_tenant(notes: Notes, superuser: Engine) -> None:

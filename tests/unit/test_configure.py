@@ -411,3 +411,15 @@ def test_an_application_that_is_gone_is_not_kept_alive() -> None:
     gc.collect()
 
     assert reference() is None
+
+
+def test_a_setting_that_celery_does_not_have_is_refused(bare: Celery) -> None:
+    with pytest.raises(ConfigurationError, match="no settings named task_alway_eager"):
+        configure(bare, broker_url="memory://", task_alway_eager=True)
+
+
+def test_a_launch_without_any_broker_names_the_ways_to_have_one(bare: Celery) -> None:
+    configure(bare)
+
+    with tenant_scope(ACME), pytest.raises(NotConfiguredError, match="Set DATABASE_URL"):
+        bare.send_task("elsewhere")

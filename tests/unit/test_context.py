@@ -6,6 +6,7 @@ import asyncio
 import copy
 import dataclasses
 import enum
+import json
 import pickle
 import threading
 import uuid
@@ -437,3 +438,30 @@ def test_a_conflict_names_both_sources_and_both_tenants() -> None:
 def test_context_takes_a_tenant_context_and_nothing_else(context: Any) -> None:
     with pytest.raises(InvalidTenantError, match="context= takes a TenantContext"):
         resolve_tenant(context=context)
+
+
+def test_a_tenant_can_be_taken_apart_and_written_as_json() -> None:
+    tenant = TenantContext("acme", "alice", extra={"plan": "pro"})
+
+    assert json.loads(json.dumps(dataclasses.asdict(tenant))) == {
+        "organization_id": "acme",
+        "user_id": "alice",
+        "project_id": None,
+        "extra": {"plan": "pro"},
+    }
+
+
+def test_one_scope_can_be_open_in_several_threads_at_once() -> None:
+    scope = tenant_scope(TenantContext("acme"))
+    inside = threading.Barrier(2, timeout=10)
+
+    def work() -> list[TenantContext | None]:
+        with scope:
+            inside.wait()
+            within = current_tenant()
+        return [within, current_tenant()]
+
+    with ThreadPoolExecutor(2) as threads:
+        results = [future.result(timeout=10) for future in [threads.submit(work) for _ in range(2)]]
+
+    assert results == [[TenantContext("acme"), None]] * 2

@@ -664,3 +664,43 @@ def test_an_async_launch_refuses_what_a_launch_refuses(
         asyncio.run(alaunch_with_context(tasks.add, *args, **arguments))
 
     assert published(tasks.app) == []
+
+
+# --- arguments of parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "canvas",
+    [
+        lambda t: t.add.s(),
+        lambda t: t.add.s(1, 2, 3),
+        lambda t: group(t.add.s(1, 2), t.add.s()),
+        lambda t: chord([t.add.s(1, 2)], t.add.s(1, 2)),
+        lambda t: chord([t.add.s(1, 2, 3)], t.total.s()),
+        lambda t: chain(t.add.s(1), t.add.s(1, 2)),
+        lambda t: chain(t.add.s(1), t.add.si()),
+        lambda t: t.add.s(1).set(link=t.add.s(1, 2)),
+    ],
+)
+def test_nothing_is_published_if_the_arguments_of_one_part_do_not_fit(
+    tasks: Tasks, canvas: Callable[[Tasks], Any], published: Any
+) -> None:
+    with pytest.raises(TaskArgumentsError, match="is called as"):
+        launch_with_context(canvas(tasks), current_user=ALICE)
+
+    assert published(tasks.app) == []
+
+
+def test_an_empty_chain_is_refused(tasks: Tasks) -> None:
+    with pytest.raises(TaskArgumentsError, match="empty chain"):
+        launch_with_context(chain(), current_user=ALICE)
+
+
+def test_likely_mistakes_are_answered_with_what_was_meant(app: Celery, tasks: Tasks) -> None:
+    @app.task(base=BaseTask, name="unbound")
+    def unbound(self: Any, x: int) -> None: ...
+
+    with pytest.raises(TaskArgumentsError, match=r"needs @app\.task\(bind=True\)"):
+        launch_with_context(unbound, 1, current_user=ALICE)
+    with pytest.raises(TaskArgumentsError, match="current_user="):
+        launch_with_context(tasks.add, 1, user=ALICE)

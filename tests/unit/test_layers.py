@@ -18,7 +18,7 @@ LAYERS = [
     {"rls"},
     {"postgres"},
     {"retry", "propagation", "sessions", "logs"},
-    {"task", "launch", "app"},
+    {"task", "canvas", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

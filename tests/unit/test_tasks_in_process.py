@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery, Task, chain, chord
 from celery.exceptions import Ignore, Reject
+from celery.signals import task_prerun
 
 from rhesis_tasks import (
     BaseTask,
@@ -810,3 +811,86 @@ def test_a_user_of_any_kind_opens_the_scope_for_a_launch(note: Any, eager: Celer
 
 def test_the_task_is_still_one_of_celerys(note: Any) -> None:
     assert isinstance(note, Task)
+
+
+# --- whatever scope or signal receiver is in the way ------------------------------------------------------------
+
+
+def test_a_retry_in_the_scope_of_another_tenant_stays_its_own_tenants_also_with_nested_headers(
+    app: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, bind=True, name="again", retry_policy=NO_RETRY)
+    def again(self: Any) -> None:
+        seen.append(self.tenant)
+        if not self.request.retries:
+            with tenant_scope(GLOBEX):
+                raise self.retry(countdown=0)
+
+    with tenant_scope(ACME):
+        again.apply_async(headers={"headers": {"sentry-trace": "x"}})
+        work_off(app)
+
+    assert seen == [ACME, ACME]
+
+
+def test_a_replacement_in_the_scope_of_another_tenant_stays_its_own_tenants(
+    app: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, bind=True, name="new")
+    def new(self: Any) -> None:
+        seen.append(self.tenant)
+
+    @app.task(base=BaseTask, bind=True, name="old")
+    def old(self: Any) -> None:
+        seen.append(self.tenant)
+        with tenant_scope(GLOBEX):
+            raise self.replace(new.si())
+
+    with tenant_scope(ACME):
+        old.delay()
+    work_off(app)
+
+    assert seen == [ACME, ACME]
+
+
+def test_a_body_has_its_own_tenant_whatever_another_receiver_of_prerun_set(
+    app: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, bind=True, name="look_around")
+    def look_around(self: Any) -> None:
+        seen.append((self.tenant, self.request.organization_id))
+
+    def intrude(**_: Any) -> None:
+        tenant_scope(GLOBEX).__enter__()
+
+    with tenant_scope(ACME):
+        look_around.delay()
+    task_prerun.connect(intrude)
+    try:
+        Context().run(work_off, app)
+    finally:
+        task_prerun.disconnect(intrude)
+
+    assert seen == [(ACME, "acme")]
+
+
+def test_a_body_has_its_own_tenant_also_if_our_receiver_of_prerun_did_not_run(
+    app: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, bind=True, name="look_around")
+    def look_around(self: Any) -> None:
+        seen.append((self.tenant, self.request.organization_id))
+
+    with tenant_scope(ACME):
+        look_around.delay()
+    receivers = task_prerun.receivers
+    task_prerun.receivers = []
+    try:
+        with tenant_scope(GLOBEX):
+            work_off(app)
+            after = current_tenant()
+    finally:
+        task_prerun.receivers = receivers
+
+    assert seen == [(ACME, "acme")]
+    assert after == GLOBEX

@@ -7,7 +7,7 @@ import os
 import weakref
 from typing import Any
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, Pool, create_engine
 
 from ..settings import database_url, require_psycopg
 
@@ -34,6 +34,7 @@ def shared_engine(url: str) -> Engine:
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_inherited: list[Pool] = []  # kept, so that no driver closes or complains of a parent's connection it deletes
 
 
 def forget_pool_after_fork(engine: Engine) -> None:
@@ -43,6 +44,7 @@ def forget_pool_after_fork(engine: Engine) -> None:
 
 def _forget_pools() -> None:
     for engine in list(_engines):
+        _inherited.append(engine.pool)
         engine.dispose(close=False)
 
 

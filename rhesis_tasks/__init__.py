@@ -1,11 +1,12 @@
 """The tenant travels with the work: Celery tasks, FastAPI routes and SQLAlchemy sessions that cannot lose it."""
 
 from .app import configure, unconfigure
-from .context import TenantContext, current_tenant, register_context_var, require_tenant, tenant_scope
+from .context import TenantContext, current_tenant, require_tenant, tenant_scope
 from .launch import alaunch_with_context, launch_with_context
 from .retry import RetryPolicy
 from .sessions import TenantSessions, tenant_session
 from .task import BaseTask
+from .variables import register_context_var
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .context import MISSING, TenantContext, current_tenant, registered_vars
+from .context import TenantContext, current_tenant
 from .errors import HeaderError, InvalidTenantError
+from .variables import MISSING, registered_vars
 
 __all__ = ["HEADER", "MAX_BYTES", "Envelope", "capture", "carried_by", "decode", "encode", "find"]
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from celery._state import get_current_task
 
-from .context import LOG_FIELDS, MISSING, current_tenant, registered_vars
+from .context import current_tenant
+from .variables import LOG_FIELDS, MISSING, registered_vars
 
 __all__ = ["FIELDS", "TASK_LOG_FORMAT", "TaskLogger", "WORKER_LOG_FORMAT", "fields", "install", "uninstall"]
 

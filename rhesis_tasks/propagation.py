@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun
 from kombu.utils.uuid import uuid
 
-from .context import Activation, exactly
+from .context import exactly
 from .errors import HeaderError, NotConfiguredError
 from .headers import HEADER, Envelope, capture, carried_by, decode, encode, find
+from .variables import Activation
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -16,12 +16,12 @@ from celery.result import AsyncResult
 from kombu.utils.uuid import uuid
 
 from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
-from rhesis_tasks.context import unregister_context_var
 from rhesis_tasks.errors import MissingTenantError
 from rhesis_tasks.postgres.results import TaskRecord
 from rhesis_tasks.processes import Child, wait_until
 from rhesis_tasks.rls import enable_rls
 from rhesis_tasks.testing import new_tenant_database, running_worker
+from rhesis_tasks.variables import unregister_context_var
 
 HERE = Path(__file__).parent
 TIMEOUT = 30

@@ -15,8 +15,8 @@ from hypothesis import settings
 from kombu.message import Message
 
 from rhesis_tasks import configure, current_tenant, unconfigure
-from rhesis_tasks.context import registered_vars, unregister_context_var
 from rhesis_tasks.headers import Envelope, decode, find
+from rhesis_tasks.variables import registered_vars, unregister_context_var
 
 settings.register_profile("unit", max_examples=60, deadline=None, database=None)
 settings.load_profile("unit")

@@ -14,7 +14,7 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
-    {"errors", "states", "settings", "context", "headers"},
+    {"errors", "states", "settings", "context", "variables", "headers"},
     {"rls"},
     {"postgres"},
     {"retry", "propagation", "sessions", "logs"},

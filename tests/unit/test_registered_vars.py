@@ -13,9 +13,9 @@ from celery import Celery, chain, chord
 from contextvars_extras import ContextVarsRegistry
 
 from rhesis_tasks import BaseTask, TenantContext, current_tenant, register_context_var, tenant_scope
-from rhesis_tasks.context import Activation, registered_vars, unregister_context_var
 from rhesis_tasks.errors import HeaderError, InvalidTenantError
 from rhesis_tasks.headers import capture
+from rhesis_tasks.variables import Activation, registered_vars, unregister_context_var
 
 ACME = TenantContext("acme", "alice")
 UNSET = "<unset>"

@@ -155,9 +155,7 @@ def _signature_of(
         signature = target.signature(args, kwargs)
         _check_arguments(target, Part(signature, 0))
         return signature, (), {}
-    if target.get("subtask_type") not in COMPOSITES:
-        return target, args, kwargs
-    if target["subtask_type"] == "chain" and not target["kwargs"]["tasks"]:
+    if target.get("subtask_type") == "chain" and not target["kwargs"]["tasks"]:
         raise TaskArgumentsError("an empty chain has nothing to launch")
     return target, args, kwargs
 

@@ -120,7 +120,7 @@ class PostgresBackend(DatabaseBackend):
         """A transaction of one tenant."""
         engine = shared_engine(self.url)
         if (self.url, self.schema) not in _ready:
-            self._connected(engine).close()
+            self._connected(engine).close()  # so that an unreachable server is an error of ours here, too
             ensure_schema(engine, self.schema)
             _ready.add((self.url, self.schema))
         with self._connected(engine) as connection, connection.begin():

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.defaults import SETTING_KEYS
-from sqlalchemy.pool import NullPool
 
 from . import logs, propagation
 from .errors import ConfigurationError, NotSupportedError
@@ -38,14 +37,6 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "worker_task_log_format": logs.TASK_LOG_FORMAT,
 }
 """Celery settings that an application gets unless it has its own."""
-
-# kombu's SQLAlchemy transport: a pool would be inherited by worker processes that are forked later, and there is
-# no broadcast, so that remote control only logs errors.
-_SQLA_DEFAULTS: Final[Mapping[str, Any]] = {
-    "broker_transport_options": {"poolclass": NullPool},
-    "worker_enable_remote_control": False,
-    "worker_send_task_events": False,
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,13 +154,13 @@ def _apply_settings(
     results = wanted.result_backend or wanted.database_url
     defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema}
     if broker is not None:
-        defaults["broker_url"] = broker_form(broker)
+        defaults["broker_url"] = broker_form(broker, wanted.schema)
     if results is not None:
         defaults["result_backend"] = result_backend_url(results)
     _add_defaults(app, defaults)
     # What is given to configure() is as explicit as what is given to Celery().
     if explicit_broker is not None:
-        app.conf.update(broker_url=broker_form(explicit_broker))
+        app.conf.update(broker_url=broker_form(explicit_broker, wanted.schema))
     if explicit_results is not None:
         app.conf.update(result_backend=result_backend_url(explicit_results))
     if wanted.result_backend is not None and os.environ.get("CELERY_RESULT_BACKEND"):
@@ -185,8 +176,6 @@ def _add_defaults(app: Celery, defaults: dict[str, Any]) -> None:
 
     def add(**_: Any) -> None:
         conf: Any = app.conf
-        if str(conf.broker_url or defaults.get("broker_url")).startswith("sqla+postgresql"):
-            defaults.update(_SQLA_DEFAULTS)
         conf.maps.insert(len(conf.maps) - 1, defaults)  # the last are Celery's own
         conf.defaults.insert(len(conf.defaults) - 1, defaults)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .errors import MissingExtraError, RhesisTasksError
+from .errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    MissingExtraError,
+    MissingPrivilegeError,
+    RhesisTasksError,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 __all__ = ["main"]
 
@@ -47,6 +59,92 @@ def demo(input_file: Path | None, data_dir: Path | None, keep: bool) -> None:
         raise MissingExtraError.of(error.name or "rich", "demo") from error
     if not run_demo(DemoOptions(input=input_file, data_dir=data_dir, keep=keep), Console()):
         sys.exit(1)
+
+
+@commands.group()
+def schema() -> None:
+    """The library's own tables and functions in the database."""
+
+
+_database_url = click.option(
+    "--database-url",
+    envvar="DATABASE_URL",
+    show_envvar=True,
+    required=True,
+    help="Of the role that owns the tables, or shall own them.",
+)
+_schema_name = click.option(
+    "--schema", "name", envvar="RHESIS_TASKS_SCHEMA", show_envvar=True, help="The schema; rhesis_tasks by default."
+)
+_roles = click.option(
+    "--role", "roles", multiple=True, help="A role that runs workers or controls them (it may launch, too); repeatable."
+)
+_web_roles = click.option(
+    "--web-role", "web_roles", multiple=True, help="A role that only launches tasks and reads results; repeatable."
+)
+
+
+@schema.command("create")
+@_database_url
+@_schema_name
+@_roles
+@_web_roles
+def create(database_url: str, name: str | None, roles: tuple[str, ...], web_roles: tuple[str, ...]) -> None:
+    """Create the tables and functions, or upgrade them, and grant their use to roles.
+
+    Safe to run again, also while workers run.
+    """
+    from .postgres.schema import create_schema, schema_status
+
+    with _engine(database_url) as engine:
+        create_schema(engine, schema=name, roles=roles, web_roles=web_roles)
+        click.echo(schema_status(engine, name))
+
+
+@schema.command("sql")
+@_schema_name
+@_roles
+@_web_roles
+def sql(name: str | None, roles: tuple[str, ...], web_roles: tuple[str, ...]) -> None:
+    """Print the SQL that ``create`` runs, for a migration or a review; needs no database."""
+    from .postgres.schema import schema_sql
+
+    click.echo(schema_sql(name, roles, web_roles))
+
+
+@schema.command("status")
+@_database_url
+@_schema_name
+def status(database_url: str, name: str | None) -> None:
+    """Print which version there is and which is needed; exits with 1 unless they are the same."""
+    from .postgres.schema import schema_status
+
+    with _engine(database_url) as engine:
+        found = schema_status(engine, name)
+    click.echo(found)
+    if not found.is_current:
+        sys.exit(1)
+
+
+@contextmanager
+def _engine(url: str) -> Iterator[Engine]:
+    """An engine for one command; errors of its database are ours."""
+    from sqlalchemy.exc import DBAPIError, OperationalError
+
+    from .postgres.engines import new_engine
+    from .settings import redacted
+
+    engine = new_engine(url)
+    try:
+        yield engine
+    except OperationalError as error:
+        raise DatabaseUnavailableError(f"cannot connect to {redacted(engine.url)}: {error.orig}") from error
+    except DBAPIError as error:
+        refused = getattr(error.orig, "sqlstate", None) == "42501"
+        reason = str(error.orig).partition("\n")[0]
+        raise (MissingPrivilegeError if refused else ConfigurationError)(f"{redacted(engine.url)}: {reason}") from error
+    finally:
+        engine.dispose()
 
 
 def main() -> None:

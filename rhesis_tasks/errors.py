@@ -14,10 +14,12 @@ __all__ = [
     "HeaderError",
     "InvalidTenantError",
     "MissingExtraError",
+    "MissingPrivilegeError",
     "MissingTenantError",
     "NotConfiguredError",
     "NotSupportedError",
     "RhesisTasksError",
+    "SchemaError",
     "TaskArgumentsError",
     "TaskDefinitionError",
     "TenantConflictError",
@@ -104,8 +106,21 @@ class TaskArgumentsError(RhesisTasksError, TypeError):
     """The arguments do not fit the task's signature."""
 
 
+class MissingPrivilegeError(ConfigurationError):
+    """The database login may not do what is needed."""
+
+
+class SchemaError(ConfigurationError):
+    """The library's tables in the database are missing, or of another version."""
+
+    def __init__(self, message: str | None = None, *, found: int | None = None, needed: int | None = None) -> None:
+        self.found = found
+        self.needed = needed
+        super().__init__(message)
+
+
 class DatabaseUnavailableError(RhesisTasksError, ConnectionError):
-    """The database cannot be reached."""
+    """The database cannot be reached, or the connection to it was lost."""
 
     def __init__(self, message: str, *, url: str | None = None) -> None:
         self.url = url

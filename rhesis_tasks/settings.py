@@ -32,7 +32,6 @@ DEFAULT_SCHEMA: Final = "rhesis_tasks"
 """The schema of the library's own tables."""
 
 _SCHEMES: Final = frozenset({"postgres", "postgresql", "psycopg"})
-_KOMBU_SQLA: Final = "sqla+"
 
 
 def is_postgresql(url: str) -> bool:
@@ -99,12 +98,16 @@ def redacted(url: str | URL) -> str:
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
-def broker_url(url: str) -> str:
-    """A broker URL as kombu wants it; what is not PostgreSQL is returned as it is."""
+def broker_url(url: str, schema: str = DEFAULT_SCHEMA) -> str:
+    """A broker URL as kombu wants it, which names the schema; what is not PostgreSQL is returned as it is."""
     if not is_postgresql(url):
         return url
     require_psycopg()
-    return _KOMBU_SQLA + _rendered(database_url(url))
+    # kombu takes a '+' in the scheme apart, so the driver stays out of it.
+    parsed = database_url(url).set(drivername="postgresql")
+    if schema != DEFAULT_SCHEMA and "schema" not in parsed.query:
+        parsed = parsed.update_query_dict({"schema": schema})
+    return _rendered(parsed)
 
 
 def result_backend_url(url: str) -> str:

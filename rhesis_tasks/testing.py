@@ -91,9 +91,6 @@ def new_tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
         for login in (quoted["owner"], quoted["role"]):
             connection.exec_driver_sql(f"CREATE ROLE {login} LOGIN PASSWORD '{password}'")
         connection.exec_driver_sql(f"CREATE DATABASE {quoted['name']} OWNER {quoted['owner']}")
-    with create_engine(admin_url.set(database=name), poolclass=NullPool).begin() as connection:
-        # The broker makes its tables in the first schema of the search path, which is the one named like the user.
-        connection.exec_driver_sql(f"CREATE SCHEMA {quoted['role']} AUTHORIZATION {quoted['role']}")
     owner_url = admin_url.set(username=owner, password=password, database=name)
     engine = create_engine(owner_url, poolclass=NullPool)
     create_schema(engine, roles=[role])

@@ -28,7 +28,6 @@ class DemoDatabase:
     role: str  #: the application's: neither superuser nor owner nor BYPASSRLS
     password: str
     tables: str  #: the schema of the example's tables
-    broker: str  #: the schema of the broker's tables, the application's own
     library: str  #: the schema of the library's tables
 
     @property
@@ -78,7 +77,6 @@ def _names(admin: URL, prefix: str) -> DemoDatabase:
         role=f"{prefix}_app",
         password=secrets.token_urlsafe(16),
         tables=prefix,
-        broker=f"{prefix}_broker",
         library=f"{prefix}_tasks",
     )
 
@@ -110,16 +108,13 @@ def _create(connection: Connection, database: DemoDatabase) -> None:
         f"GRANT {role} TO CURRENT_USER",
         f"CREATE SCHEMA {quote_identifier(database.tables)}",
         f"GRANT USAGE ON SCHEMA {quote_identifier(database.tables)} TO {role}",
-        # kombu's transport makes its tables itself, in the first schema of the search path.
-        f"CREATE SCHEMA {quote_identifier(database.broker)} AUTHORIZATION {role}",
-        f"ALTER ROLE {role} IN DATABASE {name} SET search_path = {quote_identifier(database.broker)}, "
-        f"{quote_identifier(database.tables)}",
+        f"ALTER ROLE {role} IN DATABASE {name} SET search_path = {quote_identifier(database.tables)}",
     ):
         connection.exec_driver_sql(statement)
 
 
 def _drop(connection: Connection, database: DemoDatabase) -> None:
-    for schema in (database.tables, database.broker, database.library):
+    for schema in (database.tables, database.library):
         connection.exec_driver_sql(f"DROP SCHEMA IF EXISTS {quote_identifier(schema)} CASCADE")
     role = quote_identifier(database.role)
     known = text("SELECT count(*) FROM pg_roles WHERE rolname = :role")

@@ -1,24 +1,35 @@
-"""The library's own tables: their DDL, its version, and who may use them.
+"""The library's own tables and functions: their version, and who may use them.
 
 Created on first use, or ahead of time by a role that may (:func:`create_schema`), for applications whose own
-role may not create tables.
+role may not create tables.  The SQL itself is in the folder ``sql``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.resources
 import logging
 from collections.abc import Iterable
 from typing import Final
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from ..errors import ConfigurationError
+from ..errors import MissingPrivilegeError, SchemaError
 from ..settings import quote_identifier, schema_name
 
-__all__ = ["RECORDS_SETTING", "VERSION", "create_schema", "ensure_schema", "schema_sql"]
+__all__ = [
+    "RECORDS_SETTING",
+    "VERSION",
+    "SchemaStatus",
+    "create_schema",
+    "ensure_schema",
+    "schema_sql",
+    "schema_status",
+]
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 had the result backend's tables, version 2 has the broker's too."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""
@@ -27,161 +38,138 @@ _log = logging.getLogger(__name__)
 
 _LOCK_KEY: Final = 0x72686573  # "rhes": any number will do, as long as all agree on it
 
-# Work that belongs to no tenant has the organization '' (no TenantContext can have it), so that a connection
-# without a tenant sees that work and no other.  The tables are not FORCEd: their owner does the maintenance
-# across tenants, and applications connect as another role.
-_DDL: Final = """\
-CREATE SCHEMA IF NOT EXISTS {schema};
 
-CREATE TABLE IF NOT EXISTS {schema}.schema_version (
-    version     integer NOT NULL,
-    created_at  timestamptz NOT NULL DEFAULT now()
-);
+@dataclasses.dataclass(frozen=True, slots=True)
+class SchemaStatus:
+    """What there is, and what this version of rhesis-tasks needs."""
 
-CREATE TABLE IF NOT EXISTS {schema}.task_record (
-    organization_id text NOT NULL DEFAULT '',
-    task_id         text NOT NULL,
-    user_id         text,
-    name            text,
-    state           text NOT NULL,
-    custom_state    text,
-    retries         integer NOT NULL DEFAULT 0,
-    root_id         text,
-    parent_id       text,
-    queue           text,
-    worker          text,
-    result          bytea,
-    children        bytea,
-    error_type      text,
-    error_message   text,
-    traceback       text,
-    launched_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    started_at      timestamptz,
-    finished_at     timestamptz,
-    PRIMARY KEY (organization_id, task_id)
-);
-CREATE INDEX IF NOT EXISTS task_record_finished_at ON {schema}.task_record (finished_at);
-CREATE INDEX IF NOT EXISTS task_record_unfinished ON {schema}.task_record (launched_at) WHERE finished_at IS NULL;
+    schema: str
+    found: int | None  #: the version of the tables; None if there are none, or this login may not see them
+    needed: int = VERSION
 
-CREATE TABLE IF NOT EXISTS {schema}.group_record (
-    organization_id text NOT NULL DEFAULT '',
-    group_id        text NOT NULL,
-    result          bytea,
-    created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (organization_id, group_id)
-);
-CREATE INDEX IF NOT EXISTS group_record_created_at ON {schema}.group_record (created_at);
+    @property
+    def is_current(self) -> bool:
+        return self.found == self.needed
 
-ALTER TABLE {schema}.task_record ENABLE ROW LEVEL SECURITY;
-DROP POLICY IF EXISTS tenant ON {schema}.task_record;
-CREATE POLICY tenant ON {schema}.task_record FOR ALL TO PUBLIC
-  USING (organization_id = (SELECT coalesce(current_setting('{setting}', true), '')))
-  WITH CHECK (organization_id = (SELECT coalesce(current_setting('{setting}', true), '')));
-
-ALTER TABLE {schema}.group_record ENABLE ROW LEVEL SECURITY;
-DROP POLICY IF EXISTS tenant ON {schema}.group_record;
-CREATE POLICY tenant ON {schema}.group_record FOR ALL TO PUBLIC
-  USING (organization_id = (SELECT coalesce(current_setting('{setting}', true), '')))
-  WITH CHECK (organization_id = (SELECT coalesce(current_setting('{setting}', true), '')));
-
-INSERT INTO {schema}.schema_version (version)
-SELECT {version} WHERE NOT EXISTS (SELECT FROM {schema}.schema_version);
-"""
-
-# Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete
-# what has just ended.  What never ended (its message or its worker was lost) goes thirty days later.
-_FUNCTIONS: Final = """\
-CREATE OR REPLACE FUNCTION {schema}.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH old_tasks AS (
-        DELETE FROM {schema}.task_record WHERE (organization_id, task_id) IN (
-            SELECT organization_id, task_id FROM {schema}.task_record
-            WHERE finished_at < least(before, now() - interval '1 minute')
-               OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days')
-            LIMIT batch FOR UPDATE SKIP LOCKED)
-        RETURNING 1),
-    old_groups AS (
-        DELETE FROM {schema}.group_record WHERE (organization_id, group_id) IN (
-            SELECT organization_id, group_id FROM {schema}.group_record
-            WHERE created_at < least(before, now() - interval '1 minute')
-            LIMIT batch FOR UPDATE SKIP LOCKED)
-        RETURNING 1)
-    SELECT (SELECT count(*) FROM old_tasks) + (SELECT count(*) FROM old_groups)
-$$;
-REVOKE ALL ON FUNCTION {schema}.expire_records(timestamptz, integer) FROM PUBLIC;
-"""
-
-_GRANTS: Final = """\
-GRANT USAGE ON SCHEMA {schema} TO {role};
-GRANT SELECT ON {schema}.schema_version TO {role};
-GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.task_record, {schema}.group_record TO {role};
-GRANT EXECUTE ON FUNCTION {schema}.expire_records(timestamptz, integer) TO {role};
-"""
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"schema {self.schema!r}: no tables of rhesis-tasks (version {self.needed} is needed)"
+        return f"schema {self.schema!r}: version {self.found} (version {self.needed} is needed)"
 
 
-def schema_sql(schema: str | None = None, roles: Iterable[str] = ()) -> str:
-    """The SQL that creates the tables and grants their use to roles; safe to run again.
+def schema_sql(schema: str | None = None, roles: Iterable[str] = (), web_roles: Iterable[str] = ()) -> str:
+    """The SQL that creates the tables and functions, or upgrades them, and grants their use; safe to run again.
 
     Args:
         schema: by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
-        roles: the roles that the application's web and worker processes connect as.
+        roles: roles that run workers, or control them; they may launch tasks, too.
+        web_roles: roles that launch tasks and read results, and nothing else.
 
     Raises:
         ConfigurationError: a name cannot be an SQL name.
     """
-    names = {
-        "schema": quote_identifier(schema_name(schema)),
-        "setting": RECORDS_SETTING,
-        "version": VERSION,
-    }
-    grants = [_GRANTS.format(role=quote_identifier(role), **names) for role in roles]
-    return "\n".join([_DDL.format(**names), _FUNCTIONS.format(**names), *grants])
+    name = schema_name(schema)
+    parts = [_sql(part, name) for part in ("version", "records", "tables", "functions")]
+    for role in (*roles, *web_roles):
+        parts.append(_sql("grant_web", name, role))
+    for role in roles:
+        parts.append(_sql("grant_worker", name, role))
+    return "\n".join(parts)
 
 
-def create_schema(bind: Engine | Connection, *, schema: str | None = None, roles: Iterable[str] = ()) -> None:
-    """Create the library's tables, to be run by the role that shall own them.
+def _sql(part: str, schema: str, role: str | None = None) -> str:
+    sql = (importlib.resources.files(__package__) / "sql" / f"{part}.sql").read_text("utf-8")
+    values = {"schema": quote_identifier(schema), "setting": RECORDS_SETTING, "version": str(VERSION)}
+    if role is not None:
+        values["role"] = quote_identifier(role)
+    for key, value in values.items():
+        sql = sql.replace(f"@{key}@", value)
+    return sql
+
+
+def create_schema(
+    bind: Engine | Connection,
+    *,
+    schema: str | None = None,
+    roles: Iterable[str] = (),
+    web_roles: Iterable[str] = (),
+) -> None:
+    """Create or upgrade the library's tables and functions, to be run by the role that shall own them.
 
     Safe to run again and concurrently.  On a Connection it becomes part of the caller's transaction.
 
     Args:
         bind: where to.
         schema: by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
-        roles: the application's roles, which get to use them.
+        roles: roles that run workers, or control them; they may launch tasks, too.
+        web_roles: roles that launch tasks and read results, and nothing else: they cannot read a message.
+
+    Raises:
+        SchemaError: the tables are of a newer version than this one.
     """
     if isinstance(bind, Engine):
         with bind.begin() as connection:
-            create_schema(connection, schema=schema, roles=roles)
+            create_schema(connection, schema=schema, roles=roles, web_roles=web_roles)
         return
     bind.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-    bind.exec_driver_sql(schema_sql(schema, roles), execution_options={"no_parameters": True})
+    try:
+        bind.exec_driver_sql(schema_sql(schema, roles, web_roles), execution_options={"no_parameters": True})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != "55000":
+            raise
+        raise SchemaError(str(error.orig).partition("\n")[0]) from error
+
+
+def schema_status(bind: Engine, schema: str | None = None) -> SchemaStatus:
+    """Which version of the tables there is."""
+    schema = schema_name(schema)
+    version_table = f"{quote_identifier(schema)}.schema_version"
+    with bind.connect() as connection:
+        # to_regclass() raises nothing for a schema that is missing or that this login may not use.
+        if connection.scalar(text("SELECT to_regclass(:name)"), {"name": version_table}) is None:
+            return SchemaStatus(schema, None)
+        return SchemaStatus(schema, connection.scalar(text(f"SELECT max(version) FROM {version_table}")))  # noqa: S608
 
 
 def ensure_schema(engine: Engine, schema: str) -> None:
     """Create the library's tables if they are not there.
 
     Raises:
-        ConfigurationError: this login may not create or use them, or they were made by another version.
+        MissingPrivilegeError: this login may not create or use them.
+        SchemaError: they were made by another version.
     """
-    version_table = f"{quote_identifier(schema)}.schema_version"
     try:
-        with engine.begin() as connection:
-            # to_regclass() raises nothing for a schema that is missing or that this login may not use.
-            if connection.scalar(text("SELECT to_regclass(:name)"), {"name": version_table}) is None:
-                create_schema(connection, schema=schema)
-                _log.warning(
-                    "the tables in schema %r were created by the application's own login, which as their owner is not "
-                    "bound by their row-level security.  Let another role run create_schema(engine, roles=[...]) first",
-                    schema,
-                )
-            found = connection.scalar(text(f"SELECT max(version) FROM {version_table}"))  # noqa: S608
+        status = schema_status(engine, schema)
+        if status.found is None:
+            create_schema(engine, schema=schema)
+            _log.warning(
+                "the tables in schema %r were created by the application's own login, which as their owner is not "
+                "bound by their row-level security.  Let another role run `rhesis-tasks schema create` first",
+                schema,
+            )
+            return
     except ProgrammingError as error:
         if getattr(error.orig, "sqlstate", None) != "42501":
             raise
-        raise ConfigurationError(
+        raise MissingPrivilegeError(
             f"this login may not create or use the tables in schema {schema!r}.  Let their owner run "
-            "rhesis_tasks.postgres.schema.create_schema(engine, roles=[this login]) first"
+            "`rhesis-tasks schema create --role THIS_LOGIN` (or create_schema(engine, roles=[...])) first"
         ) from error
-    if found != VERSION:
-        raise ConfigurationError(
-            f"the tables in schema {schema!r} have version {found}; this version of rhesis-tasks needs {VERSION}"
-        )
+    require_version(status)
+
+
+def require_version(status: SchemaStatus) -> None:
+    """Raises SchemaError unless the tables are of the version that this one needs."""
+    if status.is_current:
+        return
+    remedy = (
+        "Let their owner run `rhesis-tasks schema create`, which upgrades them"
+        if (status.found or 0) < status.needed
+        else "Upgrade rhesis-tasks here"
+    )
+    raise SchemaError(
+        f"the tables in schema {status.schema!r} have version {status.found}, and this version of rhesis-tasks needs "
+        f"{status.needed}.  {remedy}",
+        found=status.found,
+        needed=status.needed,
+    )

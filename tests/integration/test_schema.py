@@ -280,13 +280,15 @@ def test_a_role_that_was_not_granted_the_tables_gets_nothing(
 
 
 def test_the_function_that_expires_records_cannot_be_led_to_run_the_callers_code(
-    tenant_database: TenantDatabase, application: Engine, make_app: MakeApp
+    tenant_database: TenantDatabase, superuser: Engine, application: Engine, make_app: MakeApp
 ) -> None:
     app = make_app()
     with tenant_scope(ACME):
         app.backend.store_result("one", 42, "SUCCESS")
     an_hour_later(tenant_database)
-    schema = quote_identifier(tenant_database.role)  # the role has one of its own
+    schema = quote_identifier(tenant_database.role)
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {schema} AUTHORIZATION {schema}")
 
     with application.begin() as connection:
         # Operators and functions of the caller's, found before PostgreSQL's own by whoever uses its search path.

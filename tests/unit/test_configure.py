@@ -22,7 +22,7 @@ from rhesis_tasks.sessions import sessions_of
 ACME = TenantContext("acme", "alice")
 
 DATABASE = "postgres://app:s3cret@db/shop"
-AS_BROKER = "sqla+postgresql+psycopg://app:s3cret@db/shop"
+AS_BROKER = "postgresql://app:s3cret@db/shop"
 AS_BACKEND = "postgresql://app:s3cret@db/shop"
 
 
@@ -397,7 +397,7 @@ def test_an_unconfigured_application_can_be_configured_otherwise(bare: Celery) -
 
     configure(bare, "postgresql://other/shop")
 
-    assert bare.conf.broker_url == "sqla+postgresql+psycopg://other/shop"
+    assert bare.conf.broker_url == "postgresql://other/shop"
     assert bare.conf.result_backend == "postgresql://other/shop"
 
 

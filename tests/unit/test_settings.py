@@ -161,7 +161,7 @@ def test_an_url_object_of_another_database_is_refused() -> None:
     ],
 )
 def test_a_postgresql_url_in_any_usual_form_is_broker_and_result_backend(url: str) -> None:
-    assert broker_url(url) == "sqla+postgresql+psycopg://app:p%40ss@db:5433/shop"
+    assert broker_url(url) == "postgresql://app:p%40ss@db:5433/shop"
     assert result_backend_url(url) == "postgresql://app:p%40ss@db:5433/shop"
 
 
@@ -216,7 +216,7 @@ def test_without_psycopg_a_postgresql_url_is_an_error_that_names_the_extra(
         ("postgresql://app:s3cret/?#@db/shop", "postgresql://app:***@db/shop"),
         ("postgresql://app@db/shop", "postgresql://app@db/shop"),
         ("redis://:s3cret@h:6379/0", "redis://:***@h:6379/0"),
-        ("sqla+postgresql+psycopg://app:s3cret@db/shop", "sqla+postgresql+psycopg://app:***@db/shop"),
+        ("postgresql://app:s3cret@db/shop", "postgresql://app:***@db/shop"),
     ],
 )
 def test_a_redacted_url_shows_all_but_the_password(url: str, shown: str) -> None:

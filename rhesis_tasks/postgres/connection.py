@@ -1,0 +1,225 @@
+"""One psycopg connection: opened when needed, its errors made ours, never shared with a forked child.
+
+Knows nothing of queues.  All that the broker asks of the database goes through :meth:`Connection.query`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import URL
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+from ..errors import DatabaseUnavailableError, MissingPrivilegeError, SchemaError
+from ..settings import redacted, require_psycopg
+
+if TYPE_CHECKING:
+    import psycopg
+
+__all__ = ["Connection"]
+
+_log = logging.getLogger(__name__)
+
+# Notice a peer that is gone without a word in seconds, not in hours.  (Ignored on unix sockets.)
+_KEEPALIVES: Final = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
+
+
+class Connection:
+    """A connection in autocommit mode, opened on the first query and again after it was lost.
+
+    Safe to use from several threads.  In a forked child it is closed, without a word to the server.
+
+    Args:
+        url: a URL as :func:`~rhesis_tasks.settings.database_url` returns it.
+        name: what ``pg_stat_activity`` shows as ``application_name``.
+        connect_timeout: seconds.
+    """
+
+    def __init__(self, url: URL, *, name: str, connect_timeout: float | None = None) -> None:
+        require_psycopg()
+        self.url = url
+        self.generation = 0  #: how often it was opened
+        self.is_pooled = False  #: whether a pooler such as PgBouncer stands between; known once it is open
+        self._parameters = _parameters(url, name, connect_timeout)
+        self._raw: psycopg.Connection[Any] | None = None
+        self._pid = os.getpid()
+        self._opening = threading.Lock()
+        self._listeners: list[Any] = []
+        _all.add(self)
+
+    def __repr__(self) -> str:
+        return f"Connection({redacted(self.url)!r})"
+
+    def open(self) -> psycopg.Connection[Any]:
+        """The psycopg connection, opened if it is not.
+
+        Raises:
+            DatabaseUnavailableError: the server cannot be reached, refuses the login, or is read-only.
+        """
+        raw = self._raw
+        if raw is not None and not raw.closed:
+            return raw
+        with self._opening:
+            if self._raw is None or self._raw.closed:
+                self._raw = self._opened()
+                self.generation += 1
+            return self._raw
+
+    def _opened(self) -> psycopg.Connection[Any]:
+        import psycopg
+
+        try:
+            raw = psycopg.connect(**self._parameters, autocommit=True)
+            _sockets.add(raw)
+            pid, read_only = raw.execute(
+                "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
+            ).fetchone() or (None, None)
+        except psycopg.Error as error:
+            raise self._unavailable(f"cannot connect to {redacted(self.url)}: {_first_lines(error)}") from None
+        if read_only:
+            raw.close()
+            raise self._unavailable(
+                f"{redacted(self.url)} is read-only: a standby, or a server that recovers.  Connect to the primary; "
+                "several hosts may be given: ?host=h1,h2&port=5432,5432"
+            )
+        self.is_pooled = pid != raw.info.backend_pid
+        if self.is_pooled:
+            raw.prepare_threshold = None  # the next transaction may be on another server connection
+        for listener in self._listeners:
+            raw.add_notify_handler(listener)
+        return raw
+
+    def on_notification(self, listener: Any) -> None:
+        """Call ``listener`` with each notification that is received, now and after it is opened again."""
+        self._listeners.append(listener)
+
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement in a transaction of its own, and return its rows.
+
+        Raises:
+            DatabaseUnavailableError: the connection cannot be made or was lost; whether the statement was
+                carried out is not known then.
+            MissingPrivilegeError: the login may not do this.
+            SchemaError: the functions of the library are not there, or are another version's.
+        """
+        import psycopg
+
+        raw = self.open()
+        try:
+            cursor = raw.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description is not None else []
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
+                self.close()
+            raise self._unavailable(f"{redacted(self.url)}: {_first_lines(error)}") from error
+        except psycopg.Error as error:
+            if error.sqlstate == "25006":  # it has become a standby
+                self.close()
+                raise self._unavailable(f"{redacted(self.url)} is read-only now: {_first_lines(error)}") from error
+            if error.sqlstate == "42501":
+                raise MissingPrivilegeError(
+                    f"the login {self.url.username!r} may not do this: {_first_lines(error)}.  Let the owner of the "
+                    "library's tables run `rhesis-tasks schema create` with --role for logins that run or control "
+                    "workers, --web-role for logins that only launch tasks"
+                ) from error
+            if error.sqlstate in ("3F000", "42883", "42P01"):
+                raise SchemaError(
+                    f"the library's tables or functions are not there: {_first_lines(error)}.  Run "
+                    "`rhesis-tasks schema create`"
+                ) from error
+            raise
+
+    def _unavailable(self, message: str) -> DatabaseUnavailableError:
+        return DatabaseUnavailableError(message, url=redacted(self.url))
+
+    def fileno(self) -> int:
+        """The socket to wait on."""
+        return self.open().fileno()
+
+    def receive(self) -> None:
+        """Take in what has arrived on the socket; notifications go to their listeners.
+
+        Raises:
+            DatabaseUnavailableError: the connection was lost.
+        """
+        import psycopg
+
+        raw = self.open()
+        try:
+            raw.pgconn.consume_input()
+        except psycopg.OperationalError as error:
+            self.close()
+            raise self._unavailable(f"{redacted(self.url)}: {_first_lines(error)}") from error
+        while notification := raw.pgconn.notifies():
+            for listener in self._listeners:
+                listener(notification)
+
+    def close(self) -> None:
+        """Close it; the next query opens it again."""
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            raw.close()
+
+    def _forget(self) -> None:
+        """In a forked child: the connection is the parent's."""
+        self._raw = None
+        self._opening = threading.Lock()
+
+
+@functools.cache
+def _dialect() -> PGDialect_psycopg:
+    return PGDialect_psycopg()  # type: ignore[no-untyped-call]
+
+
+def _parameters(url: URL, name: str, connect_timeout: float | None) -> dict[str, Any]:
+    """What libpq is told; what the URL says wins."""
+    _, found = _dialect().create_connect_args(url)  # type: ignore[no-untyped-call]
+    defaults: dict[str, Any] = {**_KEEPALIVES, "application_name": name}
+    if connect_timeout:
+        defaults["connect_timeout"] = max(2, round(connect_timeout))  # libpq takes 2 seconds at least
+    if "," in str(found.get("host", "")):
+        defaults["target_session_attrs"] = "read-write"
+    return {**defaults, **found}
+
+
+def _first_lines(error: BaseException) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip()) or type(error).__name__
+
+
+# --- forks -----------------------------------------------------------------------------------------------------
+
+_all: weakref.WeakSet[Connection] = weakref.WeakSet()
+_sockets: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
+_inherited: list[Any] = []  # kept, so that libpq does not say goodbye in the parent's name when it deletes them
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, let go of the parent's connections.
+
+    Its sockets are closed here, or an advisory lock would outlive the parent that is killed.  Something must keep
+    their numbers taken, since libpq still knows them.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for raw in list(_sockets):
+            if not raw.closed:
+                os.dup2(nowhere, raw.fileno(), inheritable=False)
+            _inherited.append(raw)
+    finally:
+        os.close(nowhere)
+    for connection in list(_all):
+        connection._forget()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

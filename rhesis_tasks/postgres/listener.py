@@ -1,0 +1,190 @@
+"""The life sign of a consumer, and its ear: one connection and one thread for each consumer.
+
+The connection holds the consumer's advisory lock, listens for notifications, and asks the server a few times in a
+grace period to look after consumers that are gone.  It is lost and made anew without the consumer noticing, as
+long as that takes less than the grace period.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from ..errors import RhesisTasksError
+from ..settings import redacted
+from .queue import MessageQueue
+
+__all__ = ["Listener"]
+
+_log = logging.getLogger(__name__)
+
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+
+class Listener:
+    """Keeps a consumer alive, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        queue: over a connection of the listener's own.
+        consumer: the consumer's number.
+        name: what the consumer table calls it.
+        grace: seconds after which a consumer that gives no life sign is dead.
+        on_message: called with a queue's name when a message for the consumer is there.
+        on_return: called when notifications may have been missed; with True if the consumer was reaped meanwhile.
+        on_poke: called in the thread after :meth:`poke`.
+        queues: the names of the queues that are consumed.
+    """
+
+    def __init__(
+        self,
+        queue: MessageQueue,
+        consumer: int,
+        name: str,
+        grace: float,
+        *,
+        on_message: Callable[[str], None],
+        on_return: Callable[[bool], None],
+        on_poke: Callable[[], None],
+        queues: Callable[[], list[str]],
+    ) -> None:
+        self._queue = queue
+        self._consumer = consumer
+        self._name = name
+        self._grace = grace
+        self._on_message = on_message
+        self._on_return = on_return
+        self._on_poke = on_poke
+        self._queues = queues
+        self._stopping = threading.Event()
+        self._read_end, self._write_end = socket.socketpair()
+        self._write_end.setblocking(False)
+        self._read_end.setblocking(False)
+        self._warned = False
+        self._again_at = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
+        self.listening = False  #: whether notifications reach us
+        queue.connection.on_notification(lambda notification: on_message(notification.payload))
+
+    def start(self) -> None:
+        """Attach the consumer, and keep it so.
+
+        Raises:
+            DatabaseUnavailableError: the server cannot be reached now.
+            MissingPrivilegeError: the login may not consume.
+        """
+        self._attach()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end, and close the connection, which frees the lock."""
+        self._stopping.set()
+        self.poke()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        with suppress(Exception):
+            self._queue.connection.close()
+        self._read_end.close()
+        self._write_end.close()
+
+    def poke(self) -> None:
+        """Let the thread call on_poke soon."""
+        with suppress(OSError):  # full: it has been poked already; closed: it is stopping
+            self._write_end.send(b"!")
+
+    def _attach(self) -> None:
+        """Tell the server that the consumer is there; hold its lock and listen, where a session is our own."""
+        connection = self._queue.connection
+        connection.open()
+        if connection.is_pooled:
+            # A lock or LISTEN would stay on a server connection that others use.
+            self._warn_of_pooler()
+            self._queue.attach(self._consumer, self._name, self._queues(), hold_lock=False)
+            self.listening = False
+        else:
+            # Not had at once if the server has not noticed yet that the session before this one is gone: then that
+            # one holds it, which is as good for now.
+            self._queue.attach(self._consumer, self._name, self._queues())
+            self._queue.listen(self._consumer)
+            self.listening = True
+        self._again_at = 0.0
+
+    def _warn_of_pooler(self) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s is reached through a connection pooler, through which neither LISTEN nor session locks work: "
+                "polling instead.  Give workers a direct URL: broker_transport_options={'listen_url': ...}",
+                redacted(self._queue.connection.url),
+            )
+
+    def _run(self) -> None:
+        pid = os.getpid()
+        pause = 0.0
+        while not self._stopping.is_set() and os.getpid() == pid:
+            try:
+                if pause:
+                    self._attach()
+                    self._on_return(False)
+                    _log.info("consumer %d is back", self._consumer)
+                    pause = 0.0
+                self._wait()
+                self._keep()
+            except Exception as error:
+                if self._stopping.is_set():
+                    return
+                if not pause:
+                    _log.warning("consumer %d lost its connection, trying again: %s", self._consumer, error)
+                    if not isinstance(error, RhesisTasksError):
+                        _log.debug("unexpected", exc_info=True)
+                self.listening = False
+                self._queue.connection.close()
+                pause = min(max(_FIRST_PAUSE, pause * 2), _LONGEST_PAUSE)
+                self._sleep(pause)
+
+    def _sleep(self, seconds: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._read_end, selectors.EVENT_READ)
+            if selector.select(seconds):
+                self._drain()
+
+    def _wait(self) -> None:
+        """Until a notification arrives, somebody pokes us, or it is time for the next life sign."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._read_end, selectors.EVENT_READ, self._drain)
+            selector.register(self._queue.connection.fileno(), selectors.EVENT_READ, self._queue.connection.receive)
+            while not self._stopping.is_set() and (remaining := self._again_at - time.monotonic()) > 0:
+                for key, _ in selector.select(remaining):
+                    key.data()
+
+    def _drain(self) -> None:
+        with suppress(BlockingIOError):
+            while len(self._read_end.recv(64)) == 64:
+                pass
+        if not self._stopping.is_set():
+            self._on_poke()
+
+    def _keep(self) -> None:
+        if self._stopping.is_set():
+            return
+        kept = self._queue.keep(self._consumer, self._grace)
+        self._again_at = time.monotonic() + kept.again_in
+        if self._queue.connection.is_pooled:
+            self._again_at = min(self._again_at, time.monotonic() + self._grace / 3)
+        if not kept.known:
+            _log.warning(
+                "consumer %d gave no life sign for %g seconds and was taken for dead; what it held was given to others",
+                self._consumer,
+                self._grace,
+            )
+            self._attach()
+            self._on_return(True)
+        elif not kept.locked and not self._queue.connection.is_pooled:
+            self._queue.attach(self._consumer, self._name, self._queues())

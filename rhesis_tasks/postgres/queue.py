@@ -1,0 +1,261 @@
+"""The queue in the database: what publishers and workers ask of it, statement by statement.
+
+Every statement is a call of a function in ``sql/functions.sql``, whose comments say what it costs.  Usable without
+Celery and kombu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from ..settings import quote_identifier
+from .connection import Connection
+
+__all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH"]
+
+PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s)"
+"""The statement that publishes; ``{schema}`` is the schema's quoted name."""
+
+
+class Claimed(NamedTuple):
+    """A message, and the claim on it."""
+
+    id: int
+    queue: str
+    token: int | None  #: the claim, needed to acknowledge it; None if it was taken for good
+    deliveries: int  #: how often it was delivered, this time included
+    envelope: str  #: JSON
+    body: bytes
+
+
+class Late(NamedTuple):
+    """An acknowledgement that came too late: the message had been released."""
+
+    id: int
+    token: int
+
+
+class Exchange(NamedTuple):
+    """An exchange as it was made."""
+
+    type: str
+    durable: bool
+    auto_delete: bool
+    arguments: dict[str, Any]
+
+
+class Kept(NamedTuple):
+    """How a consumer stands."""
+
+    known: bool  #: False once it was reaped
+    locked: bool  #: whether the session holds its lock
+    again_in: float  #: seconds until it is to say so again
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MessageQueue:
+    """The queue in one schema of a database, over one connection.
+
+    All methods raise what :meth:`Connection.query` raises.
+    """
+
+    connection: Connection
+    schema: str
+
+    def _call(self, function: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        marks = ", ".join(["%s"] * len(arguments))
+        return self.connection.query(f"SELECT * FROM {quote_identifier(self.schema)}.{function}({marks})", arguments)  # noqa: S608
+
+    def _value(self, function: str, *arguments: Any) -> Any:
+        return self._call(function, *arguments)[0][0]
+
+    # --- publishing ------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        envelope: str,
+        body: bytes,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
+        task_id: str | None = None,
+        task_name: str | None = None,
+        ttl: float | None = None,
+    ) -> int | None:
+        """Publish a message; it is committed when this returns.
+
+        Args:
+            exchange: ``""`` routes to the queue named like the routing key, and makes it if there is none.
+            envelope: JSON.
+            priority: 0 to 9; higher ones go first.
+            ttl: seconds after which it goes if nobody claimed it.
+
+        Returns:
+            How many queues got it; None if there is no such exchange.
+        """
+        rows = self.connection.query(
+            PUBLISH.format(schema=quote_identifier(self.schema)),
+            (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl),
+        )
+        return rows[0][0]  # type: ignore[no-any-return]
+
+    # --- declaring -------------------------------------------------------------------------------------------
+
+    def declare_exchange(
+        self, name: str, type: str, durable: bool, auto_delete: bool, arguments: str = "{}"
+    ) -> Exchange:
+        """Make an exchange if there is none of this name; returns it as it is."""
+        return Exchange(*self._call("declare_exchange", name, type, durable, auto_delete, arguments)[0])
+
+    def exchange_exists(self, name: str) -> bool:
+        return bool(self._value("exchange_exists", name))
+
+    def delete_exchange(self, name: str, if_unused: bool = False) -> None:
+        self._call("delete_exchange", name, if_unused)
+
+    def declare_queue(
+        self,
+        name: str,
+        durable: bool = True,
+        auto_delete: bool = False,
+        expires: float | None = None,
+        message_ttl: float | None = None,
+    ) -> bool:
+        """Make a queue, or change its times (seconds); returns whether it is durable, as it was made."""
+        return bool(self._value("declare_queue", name, durable, auto_delete, expires, message_ttl))
+
+    def queue_exists(self, name: str) -> bool:
+        return bool(self._value("queue_exists", name))
+
+    def size(self, name: str) -> int:
+        """How many messages wait in a queue."""
+        return int(self._value("queue_size", name))
+
+    def bind(self, queue: str, exchange: str, routing_key: str, pattern: str | None = None) -> bool:
+        """Let an exchange route to a queue; returns False if one of them is not there."""
+        return bool(self._value("bind", queue, exchange, routing_key, pattern))
+
+    def unbind(self, queue: str, exchange: str, routing_key: str) -> None:
+        self._call("unbind", queue, exchange, routing_key)
+
+    def bindings(self) -> list[tuple[str, str, str]]:
+        """All bindings, as (queue, exchange, routing key)."""
+        return [(queue, exchange, routing_key) for queue, exchange, routing_key in self._call("bindings")]
+
+    def purge(self, name: str) -> int:
+        """Delete the messages of a queue that nobody has claimed; returns how many."""
+        return int(self._value("purge", name))
+
+    def delete_queue(self, name: str, if_unused: bool = False, if_empty: bool = False) -> int | None:
+        """Delete a queue with its messages and bindings; returns how many went, None if it was left alone."""
+        return self._value("delete_queue", name, if_unused, if_empty)  # type: ignore[no-any-return]
+
+    # --- consuming -------------------------------------------------------------------------------------------
+
+    def new_consumer(self) -> int:
+        """The number of a consumer that did not exist before."""
+        return int(self._value("next_consumer"))
+
+    def attach(self, consumer: int, name: str, queues: Sequence[str] = (), *, hold_lock: bool = True) -> bool:
+        """Say that a consumer is there; returns whether this session has its lock."""
+        return bool(self._value("attach", consumer, name, list(queues), hold_lock))
+
+    def detach(self, consumer: int) -> None:
+        """A consumer goes; what it held is released."""
+        self._call("detach", consumer)
+
+    def listen(self, consumer: int) -> None:
+        """Let this connection receive the notifications for a consumer."""
+        self.connection.query(f"LISTEN {quote_identifier(self._value('channel_of', consumer))}")
+
+    def subscribe(self, consumer: int, queue: str) -> None:
+        self._call("subscribe", consumer, queue)
+
+    def unsubscribe(self, consumer: int, queue: str) -> None:
+        self._call("unsubscribe", [consumer], [queue])
+
+    def claim(
+        self,
+        consumer: int,
+        queues: Sequence[str],
+        slots: int,
+        *,
+        take_from: Sequence[str] = (),
+        take_slots: int = 0,
+        acks: Sequence[tuple[int, int]] = (),
+    ) -> tuple[list[Claimed], list[Late]]:
+        """Acknowledge what was done, and claim what waits, in one commit.
+
+        Args:
+            consumer: who holds what is claimed.
+            queues: where from, in this order until the slots are full.
+            slots: how many to claim at most.
+            take_from: queues from which messages are taken for good, without a claim.
+            take_slots: how many to take at most.
+            acks: (id, token) of messages that were done.
+
+        Returns:
+            The messages in the order of delivery, taken ones first; and the acknowledgements that came too late.
+        """
+        ids, tokens = [id for id, _ in acks], [token for _, token in acks]
+        rows = self.connection.query(
+            f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s)",  # noqa: S608
+            (consumer, ids, tokens, list(queues), slots, list(take_from), take_slots),
+        )
+        late = [Late(id, token) for id, queue, token, *_ in rows if queue is None]
+        order = {queue: number for number, queue in enumerate((*take_from, *queues))}
+        messages = sorted((row for row in rows if row[1] is not None), key=lambda row: (order[row[1]], row[4]))
+        return [
+            Claimed(id, queue, token, deliveries, envelope, body)
+            for id, queue, token, deliveries, _, envelope, body in messages
+        ], late
+
+    def ack(self, acks: Sequence[tuple[int, int]]) -> list[int]:
+        """Acknowledge messages; returns the ids of those whose claim was no longer theirs."""
+        ids, tokens = [id for id, _ in acks], [token for _, token in acks]
+        return [
+            id
+            for (id,) in self.connection.query(
+                f"SELECT * FROM {quote_identifier(self.schema)}.ack(%s::bigint[], %s::bigint[])",  # noqa: S608
+                (ids, tokens),
+            )
+        ]
+
+    def release(self, claims: Sequence[tuple[int, int]], *, uncounted: bool = False) -> int:
+        """Give claimed messages back to the place they had; returns how many were still claimed.
+
+        Args:
+            claims: (id, token) of each.
+            uncounted: as if they had not been delivered.
+        """
+        return int(
+            self.connection.query(
+                f"SELECT {quote_identifier(self.schema)}.release(%s::bigint[], %s::bigint[], %s)",
+                ([id for id, _ in claims], [token for _, token in claims], uncounted),
+            )[0][0]
+        )
+
+    def release_unknown(self, consumer: int, known: Sequence[int]) -> int:
+        """Give back what a consumer holds but for the known messages: claims whose answer was lost on the way."""
+        return int(
+            self.connection.query(
+                f"SELECT {quote_identifier(self.schema)}.release_held(%s, %s::bigint[], true)",
+                ([consumer], list(known)),
+            )[0][0]
+        )
+
+    def set_aside(self, id: int, token: int) -> None:
+        """Put a claimed message that cannot be read where nobody claims it, for an operator to look at."""
+        self._call("set_aside", id, token)
+
+    def wait_for(self, consumer: int, queues: Sequence[str]) -> None:
+        """Ask to be notified of messages in these queues, and in no others."""
+        self._call("wait_for", consumer, list(queues))
+
+    def keep(self, consumer: int, grace: float) -> Kept:
+        """Say that a consumer is there, and look after the others; ``grace`` is in seconds."""
+        return Kept(*self._call("keep", consumer, grace)[0])

@@ -1,0 +1,463 @@
+-- The broker's functions: all that publishers and workers may do.  @schema@ is the library's schema, quoted.
+--
+-- They run as the owner of the tables, with a search_path that nobody else can put anything into.  Seconds are
+-- double precision.
+
+-- The first half of a consumer's advisory lock: a number that is this schema's own within the database.
+CREATE OR REPLACE FUNCTION @schema@.lock_class() RETURNS integer
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT '@schema@.consumer'::regclass::oid::integer
+$$;
+
+-- The channel on which a consumer is notified.
+CREATE OR REPLACE FUNCTION @schema@.channel_of(consumer_id integer) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'rhesis_tasks_' || '@schema@.consumer'::regclass::oid || '_' || consumer_id
+$$;
+
+-- Notify one of those who wait for a queue, if anybody does.  A waiter that another transaction is notifying at this
+-- moment is passed over, so that publishers never wait for each other.
+CREATE OR REPLACE FUNCTION @schema@.wake(of_queue text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    woken integer;
+BEGIN
+    DELETE FROM @schema@.waiter w
+    WHERE w.queue = of_queue
+      AND w.consumer = (SELECT consumer FROM @schema@.waiter WHERE queue = of_queue LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING w.consumer INTO woken;
+    IF FOUND THEN
+        PERFORM pg_notify(@schema@.channel_of(woken), of_queue);
+    END IF;
+END
+$$;
+
+-- Publish a message to the queues that an exchange routes it to; the exchange '' routes to the queue named like the
+-- routing key, which is made if there is none.  Returns the number of queues, or NULL if there is no such exchange.
+-- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key.
+CREATE OR REPLACE FUNCTION @schema@.publish(
+    to_exchange text, with_key text, its_envelope json, its_body bytea, its_priority integer DEFAULT 0,
+    its_tenant text DEFAULT NULL, its_task_id text DEFAULT NULL, its_task_name text DEFAULT NULL,
+    ttl double precision DEFAULT NULL
+) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kind   text;
+    target record;
+    routed integer := 0;
+    expiry timestamptz;
+BEGIN
+    IF to_exchange = '' THEN
+        IF NOT EXISTS (SELECT FROM @schema@.queue WHERE name = with_key) THEN
+            INSERT INTO @schema@.queue (name) VALUES (with_key) ON CONFLICT DO NOTHING;
+        END IF;
+    ELSE
+        SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
+        IF NOT FOUND THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    FOR target IN
+        SELECT name, durable, message_ttl FROM @schema@.queue WHERE to_exchange = '' AND name = with_key
+        UNION
+        SELECT q.name, q.durable, q.message_ttl
+        FROM @schema@.binding b JOIN @schema@.queue q ON q.name = b.queue
+        WHERE b.exchange = to_exchange
+          AND CASE kind WHEN 'direct' THEN b.routing_key = with_key
+                        WHEN 'topic' THEN with_key ~ b.pattern
+                        ELSE true END
+    LOOP
+        expiry := clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl));
+        IF target.durable THEN
+            INSERT INTO @schema@.message
+                (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
+            VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
+        ELSE
+            INSERT INTO @schema@.transient_message
+                (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
+            VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
+        END IF;
+        PERFORM @schema@.wake(target.name);
+        routed := routed + 1;
+    END LOOP;
+    RETURN routed;
+END
+$$;
+
+-- --- declaring -----------------------------------------------------------------------------------------------------
+
+-- Make an exchange if there is none of this name; returns it as it is.
+CREATE OR REPLACE FUNCTION @schema@.declare_exchange(
+    its_name text, its_type text, its_durable boolean, its_auto_delete boolean, its_arguments json DEFAULT '{}'
+) RETURNS TABLE (type text, durable boolean, auto_delete boolean, arguments json)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO @schema@.exchange (name, type, durable, auto_delete, arguments)
+    SELECT its_name, its_type, its_durable, its_auto_delete, its_arguments
+    WHERE NOT EXISTS (SELECT FROM @schema@.exchange e WHERE e.name = its_name)
+    ON CONFLICT DO NOTHING;
+    RETURN QUERY SELECT e.type, e.durable, e.auto_delete, e.arguments FROM @schema@.exchange e WHERE e.name = its_name;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.exchange_exists(its_name text) RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM @schema@.exchange WHERE name = its_name)
+$$;
+
+-- Make a queue, or change its times; returns whether it survives a crash, as it was made.
+CREATE OR REPLACE FUNCTION @schema@.declare_queue(
+    its_name text, its_durable boolean, its_auto_delete boolean, expires_after double precision DEFAULT NULL,
+    its_ttl double precision DEFAULT NULL
+) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found_queue @schema@.queue;
+    expiry      interval := make_interval(secs => expires_after);
+    ttl         interval := make_interval(secs => its_ttl);
+BEGIN
+    SELECT * INTO found_queue FROM @schema@.queue WHERE name = its_name;
+    IF NOT FOUND THEN
+        INSERT INTO @schema@.queue AS q (name, durable, auto_delete, expires, message_ttl)
+        VALUES (its_name, its_durable, its_auto_delete, expiry, ttl)
+        ON CONFLICT (name) DO UPDATE SET used_at = clock_timestamp()
+        RETURNING * INTO found_queue;
+    ELSIF found_queue.expires IS NOT NULL OR (found_queue.expires, found_queue.message_ttl) IS DISTINCT FROM (expiry, ttl)
+    THEN
+        UPDATE @schema@.queue SET expires = expiry, message_ttl = ttl, used_at = clock_timestamp()
+        WHERE name = its_name;
+    END IF;
+    RETURN found_queue.durable;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.queue_exists(its_name text) RETURNS boolean
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM @schema@.queue WHERE name = its_name)
+$$;
+
+-- How many messages of a queue wait.  Index: message_ready.
+CREATE OR REPLACE FUNCTION @schema@.queue_size(of_queue text) RETURNS bigint
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT count(*) FROM @schema@.message WHERE queue = of_queue AND claim_token IS NULL AND due_at IS NULL
+$$;
+
+-- Let an exchange route to a queue; returns false if one of them is not there.
+CREATE OR REPLACE FUNCTION @schema@.bind(to_queue text, from_exchange text, with_key text, its_pattern text DEFAULT NULL)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM @schema@.binding
+               WHERE exchange = from_exchange AND routing_key = with_key AND queue = to_queue) THEN
+        RETURN true;
+    END IF;
+    INSERT INTO @schema@.binding (exchange, routing_key, queue, pattern)
+    SELECT e.name, with_key, q.name, its_pattern
+    FROM @schema@.exchange e, @schema@.queue q WHERE e.name = from_exchange AND q.name = to_queue
+    ON CONFLICT DO NOTHING;
+    RETURN FOUND OR EXISTS (SELECT FROM @schema@.binding
+                            WHERE exchange = from_exchange AND routing_key = with_key AND queue = to_queue);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.unbind(from_queue text, from_exchange text, with_key text) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    DELETE FROM @schema@.binding WHERE exchange = from_exchange AND routing_key = with_key AND queue = from_queue
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.bindings() RETURNS TABLE (queue text, exchange text, routing_key text)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT queue, exchange, routing_key FROM @schema@.binding ORDER BY exchange, routing_key, queue
+$$;
+
+-- Delete the messages of a queue that nobody has claimed; returns how many.
+CREATE OR REPLACE FUNCTION @schema@.purge(of_queue text) RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH gone AS (DELETE FROM @schema@.message WHERE queue = of_queue AND claim_token IS NULL RETURNING 1)
+    SELECT count(*) FROM gone
+$$;
+
+-- Delete a queue with its messages and bindings; returns how many messages went, or NULL if it was left alone.
+CREATE OR REPLACE FUNCTION @schema@.delete_queue(its_name text, if_unused boolean, if_empty boolean) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone bigint;
+BEGIN
+    PERFORM FROM @schema@.queue WHERE name = its_name FOR UPDATE;
+    IF (if_unused AND EXISTS (SELECT FROM @schema@.subscription WHERE queue = its_name))
+       OR (if_empty AND EXISTS (SELECT FROM @schema@.message WHERE queue = its_name)) THEN
+        RETURN NULL;
+    END IF;
+    DELETE FROM @schema@.message WHERE queue = its_name;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    DELETE FROM @schema@.queue WHERE name = its_name;
+    RETURN gone;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.delete_exchange(its_name text, if_unused boolean) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    DELETE FROM @schema@.exchange
+    WHERE name = its_name AND NOT (if_unused AND EXISTS (SELECT FROM @schema@.binding WHERE exchange = its_name))
+$$;
+
+-- --- consuming -----------------------------------------------------------------------------------------------------
+
+-- Say that a consumer is there, and what it consumes; a consumer that was reaped meanwhile is known again.
+-- With hold_lock the session takes its advisory lock, for as long as it lasts; returns whether it has it.
+CREATE OR REPLACE FUNCTION @schema@.attach(consumer_id integer, its_name text, queues text[], hold_lock boolean)
+RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO @schema@.consumer (id, name) VALUES (consumer_id, its_name)
+    ON CONFLICT (id) DO UPDATE SET name = excluded.name, absent_since = NULL;
+    INSERT INTO @schema@.subscription (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q
+    ON CONFLICT DO NOTHING;
+    RETURN hold_lock AND pg_try_advisory_lock(@schema@.lock_class(), consumer_id);
+END
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.next_consumer() RETURNS integer
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT nextval('@schema@.consumer_id')::integer
+$$;
+
+CREATE OR REPLACE FUNCTION @schema@.subscribe(consumer_id integer, to_queue text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO @schema@.subscription (queue, consumer) VALUES (to_queue, consumer_id) ON CONFLICT DO NOTHING;
+    UPDATE @schema@.queue SET used_at = clock_timestamp() WHERE name = to_queue AND expires IS NOT NULL;
+END
+$$;
+
+-- End subscriptions; a queue that is to go with its last consumer goes.
+CREATE OR REPLACE FUNCTION @schema@.unsubscribe(consumer_ids integer[], from_queues text[] DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    left_behind text;
+BEGIN
+    DELETE FROM @schema@.waiter
+    WHERE consumer = ANY (consumer_ids) AND (from_queues IS NULL OR queue = ANY (from_queues));
+    FOR left_behind IN
+        WITH ended AS (
+            DELETE FROM @schema@.subscription
+            WHERE consumer = ANY (consumer_ids) AND (from_queues IS NULL OR queue = ANY (from_queues))
+            RETURNING queue)
+        SELECT DISTINCT q.name FROM ended JOIN @schema@.queue q ON q.name = ended.queue
+        WHERE q.auto_delete OR q.expires IS NOT NULL ORDER BY q.name
+    LOOP
+        IF (SELECT auto_delete FROM @schema@.queue WHERE name = left_behind) THEN
+            PERFORM @schema@.delete_queue(left_behind, true, false);
+        ELSE
+            UPDATE @schema@.queue SET used_at = clock_timestamp() WHERE name = left_behind;
+        END IF;
+    END LOOP;
+END
+$$;
+
+-- Acknowledge what was done, and claim what waits: one round trip, one commit.
+--
+-- Each queue of claim_from is walked in the order of delivery, until slots messages are claimed in all; those of
+-- take_from are taken for good, at most take_slots.  An acknowledgement whose claim is no longer the message's is
+-- returned with the queue NULL: the message was released meanwhile, and is somebody else's.
+-- Index: message_ready for each queue; the primary key for acknowledgements.  Planned for a table that is sometimes
+-- empty and sometimes huge, whatever its statistics say.
+CREATE OR REPLACE FUNCTION @schema@.claim(
+    consumer_id integer, acked bigint[], tokens bigint[], claim_from text[], slots integer, take_from text[],
+    take_slots integer
+) RETURNS TABLE (id bigint, queue text, token bigint, deliveries integer, rank bigint, envelope text, body bytea)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS $$
+DECLARE
+    from_queue text;
+    found_rows integer;
+BEGIN
+    IF cardinality(acked) > 0 THEN
+        RETURN QUERY
+        WITH gone AS (
+            DELETE FROM @schema@.message m USING unnest(acked, tokens) a (id, token)
+            WHERE m.id = a.id AND m.claim_token = a.token
+            RETURNING m.id)
+        SELECT a.id, NULL::text, a.token, 0, 0::bigint, NULL::text, NULL::bytea
+        FROM unnest(acked, tokens) a (id, token) WHERE a.id NOT IN (SELECT gone.id FROM gone);
+    END IF;
+    FOREACH from_queue IN ARRAY take_from LOOP
+        EXIT WHEN take_slots <= 0;
+        RETURN QUERY
+        WITH ready AS (
+            SELECT m.id, row_number() OVER () AS rank
+            FROM (SELECT w.id FROM @schema@.message w
+                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL
+                    AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                  ORDER BY w.priority DESC, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED) m)
+        DELETE FROM @schema@.message m USING ready
+        WHERE m.id = ready.id
+        RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, ready.rank, m.envelope::text, m.body;
+        GET DIAGNOSTICS found_rows = ROW_COUNT;
+        take_slots := take_slots - found_rows;
+    END LOOP;
+    FOREACH from_queue IN ARRAY claim_from LOOP
+        EXIT WHEN slots <= 0;
+        RETURN QUERY
+        WITH ready AS (
+            SELECT m.id, row_number() OVER () AS rank
+            FROM (SELECT w.id FROM @schema@.message w
+                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL
+                    AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                  ORDER BY w.priority DESC, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
+        UPDATE @schema@.message m
+        SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
+            deliveries = m.deliveries + 1
+        FROM ready WHERE m.id = ready.id
+        RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body;
+        GET DIAGNOSTICS found_rows = ROW_COUNT;
+        slots := slots - found_rows;
+    END LOOP;
+END
+$$;
+
+-- Acknowledge what was done; returns the messages whose claim was no longer theirs.
+CREATE OR REPLACE FUNCTION @schema@.ack(acked bigint[], tokens bigint[]) RETURNS SETOF bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+    WITH gone AS (
+        DELETE FROM @schema@.message m USING unnest(acked, tokens) a (id, token)
+        WHERE m.id = a.id AND m.claim_token = a.token
+        RETURNING m.id)
+    SELECT a.id FROM unnest(acked) a (id) WHERE a.id NOT IN (SELECT gone.id FROM gone)
+$$;
+
+-- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered.  Returns how many.
+CREATE OR REPLACE FUNCTION @schema@.release(ids bigint[], tokens bigint[], uncounted boolean) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    from_queue text;
+    released   integer := 0;
+BEGIN
+    FOR from_queue IN
+        UPDATE @schema@.message m
+        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
+        FROM unnest(ids, tokens) r (id, token) WHERE m.id = r.id AND m.claim_token = r.token
+        RETURNING m.queue
+    LOOP
+        released := released + 1;
+        PERFORM @schema@.wake(from_queue);
+    END LOOP;
+    RETURN released;
+END
+$$;
+
+-- Give back what consumers hold, but for the messages in kept.  Index: message_held.
+CREATE OR REPLACE FUNCTION @schema@.release_held(
+    consumer_ids integer[], kept bigint[] DEFAULT '{}', uncounted boolean DEFAULT false
+) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    from_queue text;
+    released   integer := 0;
+BEGIN
+    FOR from_queue IN
+        UPDATE @schema@.message m
+        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
+        WHERE m.holder = ANY (consumer_ids) AND m.id <> ALL (kept)
+        RETURNING m.queue
+    LOOP
+        released := released + 1;
+        PERFORM @schema@.wake(from_queue);
+    END LOOP;
+    RETURN released;
+END
+$$;
+
+-- Put a claimed message that nobody can read where nobody claims it, for an operator to look at.
+CREATE OR REPLACE FUNCTION @schema@.set_aside(its_id bigint, its_token bigint) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE @schema@.message SET claim_token = NULL, holder = NULL, claimed_at = NULL, due_at = 'infinity'
+    WHERE id = its_id AND claim_token = its_token
+$$;
+
+-- Wait to be notified of messages in these queues, and in no others.
+CREATE OR REPLACE FUNCTION @schema@.wait_for(consumer_id integer, queues text[]) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    DELETE FROM @schema@.waiter WHERE consumer = consumer_id AND queue <> ALL (queues);
+    INSERT INTO @schema@.waiter (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q ON CONFLICT DO NOTHING
+$$;
+
+-- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
+CREATE OR REPLACE FUNCTION @schema@.detach(consumer_id integer) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT @schema@.release_held(ARRAY[consumer_id], '{}', true);
+    SELECT @schema@.unsubscribe(ARRAY[consumer_id]);
+    DELETE FROM @schema@.consumer WHERE id = consumer_id
+$$;
+
+-- --- upkeep --------------------------------------------------------------------------------------------------------
+
+-- A consumer says that it is there, and looks after the others.  Called by every consumer a few times in a grace
+-- period, done by one at a time.
+--
+-- A consumer is dead when its lock was seen free at each look for the length of the grace period, all of it since
+-- this server was started (so that a restart is no death).  What it held is released, its subscriptions end.
+--
+-- Returns whether the caller was known, whether this session holds its lock, and in how many seconds to call again.
+CREATE OR REPLACE FUNCTION @schema@.keep(consumer_id integer, grace double precision)
+RETURNS TABLE (known boolean, locked boolean, again_in double precision)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    class   integer := @schema@.lock_class();
+    me      @schema@.consumer;
+    present integer[];
+    dead    integer[];
+    mark    timestamptz;
+    now_    timestamptz := clock_timestamp();
+BEGIN
+    SELECT * INTO me FROM @schema@.consumer WHERE id = consumer_id;
+    known := FOUND;
+    IF me.absent_since IS NOT NULL THEN
+        UPDATE @schema@.consumer SET absent_since = NULL WHERE id = consumer_id;
+    END IF;
+    SELECT array_agg(DISTINCT objid::integer), coalesce(bool_or(pid = pg_backend_pid() AND objid::integer = consumer_id), false)
+    INTO present, locked
+    FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND classid::integer = class AND objsubid = 2
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    present := present || consumer_id;
+    again_in := grace / 2;
+
+    IF NOT pg_try_advisory_xact_lock(class, 0) THEN  -- somebody else is at it
+        RETURN NEXT;
+        RETURN;
+    END IF;
+
+    -- Holders that are not in the table, which a crash of the server empties.
+    INSERT INTO @schema@.consumer (id)
+    SELECT DISTINCT m.holder FROM @schema@.message m WHERE m.holder IS NOT NULL
+      AND NOT EXISTS (SELECT FROM @schema@.consumer c WHERE c.id = m.holder)
+    ON CONFLICT DO NOTHING;
+
+    UPDATE @schema@.consumer c
+    SET absent_since = CASE WHEN c.id = ANY (present) THEN NULL ELSE now_ END
+    WHERE CASE WHEN c.id = ANY (present) THEN c.absent_since IS NOT NULL
+               ELSE c.absent_since IS NULL OR c.absent_since < pg_postmaster_start_time() END;
+
+    SELECT array_agg(id) INTO dead FROM @schema@.consumer
+    WHERE absent_since <= now_ - make_interval(secs => grace);
+    IF dead IS NOT NULL THEN
+        PERFORM @schema@.release_held(dead);
+        PERFORM @schema@.unsubscribe(dead);
+        DELETE FROM @schema@.consumer WHERE id = ANY (dead);
+    END IF;
+
+    DELETE FROM @schema@.message WHERE expires_at <= now_ AND claim_token IS NULL;
+    PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
+    WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
+      AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
+
+    SELECT min(absent_since) INTO mark FROM @schema@.consumer;
+    IF mark IS NOT NULL THEN
+        again_in := least(again_in, greatest(extract(epoch FROM mark - now_) + grace, 0) + 0.05);
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;

@@ -1,0 +1,263 @@
+"""kombu's transport on PostgreSQL: ``broker_url="postgresql://..."``.
+
+Only adapts: :mod:`.queue` has the statements, :mod:`.consumer` the consuming.  Exchanges, bindings and queues are in
+the database, so that all processes see the same at once; how a topic matches is kombu's.
+
+Transport options:
+    schema: the schema of the library's tables; before ``?schema=`` in the URL and RHESIS_TASKS_SCHEMA.
+    grace: seconds without a life sign after which a consumer's messages are given to others; 5.
+    poll_interval: seconds between two looks at the queues where no notification came; 5.
+    listen_url: a URL past the connection pooler, for the connection that listens and holds the lock.
+Others, those of other transports and kombu's own, are passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Hashable
+from typing import Any, Final
+
+import celery
+from kombu.transport import virtual
+from sqlalchemy import URL
+
+from ..errors import ConfigurationError, DatabaseUnavailableError, SchemaError
+from ..settings import database_url, quote_identifier, redacted, schema_name
+from .channel import Channel, in_other_form, not_found
+from .connection import Connection
+from .consumer import Consumer, Subscription
+from .engines import shared_engine
+from .queue import MessageQueue
+from .schema import SchemaStatus, ensure_schema, require_version
+
+__all__ = ["Transport"]
+
+GRACE: Final = 5.0
+POLL_INTERVAL: Final = 5.0
+
+# Celery before 5.7 acknowledges between two calls of drain_events only, so these must not be long while work is done.
+_LONGEST_DRAIN: Final = 0.01 if celery.VERSION[:2] < (5, 7) else None
+
+
+class Transport(virtual.Transport):
+    """One connection for what channels do, and a consumer with another one while something is consumed."""
+
+    Channel = Channel
+    can_parse_url = True
+    driver_type = "postgresql"
+    driver_name = "psycopg"
+    default_port = 5432
+    connection_errors = (*virtual.Transport.connection_errors, DatabaseUnavailableError)
+    channel_errors = virtual.Transport.channel_errors
+    implements = virtual.Transport.implements.extend(
+        asynchronous=False, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
+    )
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        super().__init__(client, **kwargs)
+        self._pid = os.getpid()
+        options = dict(client.transport_options or {})
+        self._url, in_url = _url_and_schema(client)
+        self._schema = schema_name(options.pop("schema", None) or in_url)
+        self._grace = _seconds(options, "grace", GRACE)
+        self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
+        listen_url = options.pop("listen_url", None)
+        self._listen_url = database_url(listen_url) if listen_url else self._url
+        self.queue = MessageQueue(self._connection(self._url), self._schema)
+        self._consumer: Consumer | None = None
+        self._receivers: dict[str, Any] = {}  # what gets the messages of a subscription, by its tag
+        self._declared: dict[str, tuple[bool, bool, dict[str, Any]]] = {}
+        self._bound: dict[str, dict[tuple[str, str], str]] = {}
+        _let_workers_meet()
+
+    def _connection(self, url: URL) -> Connection:
+        return Connection(url, name="rhesis-tasks", connect_timeout=self.client.connect_timeout)
+
+    def driver_version(self) -> str:
+        """Of psycopg."""
+        import psycopg
+
+        return psycopg.__version__
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a forked child, and the transport its parent's."""
+        return os.getpid() != self._pid
+
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        """The URL for logs."""
+        url = self._url.set(drivername="postgresql")
+        return url.render_as_string(hide_password=False) if include_password else redacted(url)
+
+    def establish_connection(self) -> Any:
+        """Connect, and make sure that the tables are there.
+
+        Raises:
+            DatabaseUnavailableError: the server cannot be reached; kombu tries again.
+            MissingPrivilegeError, SchemaError: trying again would not help.
+        """
+        self.queue.connection.open()
+        self._ensure_schema()
+        return super().establish_connection()
+
+    def _ensure_schema(self) -> None:
+        where = (self._url, self._schema)
+        if where in _ready:
+            return
+        try:
+            rows = self.queue.connection.query(
+                f"SELECT max(version) FROM {quote_identifier(self._schema)}.schema_version"  # noqa: S608
+            )
+        except SchemaError:
+            ensure_schema(shared_engine(self._url.render_as_string(hide_password=False)), self._schema)
+        else:
+            require_version(SchemaStatus(self._schema, rows[0][0]))
+        _ready.add(where)
+
+    def close_connection(self, connection: Any) -> None:
+        """Close all channels and connections."""
+        if self.is_foreign:
+            return
+        try:
+            super().close_connection(connection)
+        finally:
+            self._end_consumer()
+            self.queue.connection.close()
+
+    # --- declaring: remembered, for the consumer to say again to a server that lost it -----------------------
+
+    def declare_queue(self, name: str, durable: bool, auto_delete: bool, arguments: dict[str, Any]) -> None:
+        """Make a queue."""
+        expires, ttl = arguments.get("x-expires"), arguments.get("x-message-ttl")
+        found = self.queue.declare_queue(
+            name,
+            durable,
+            auto_delete,
+            None if expires is None else expires / 1000,
+            None if ttl is None else ttl / 1000,
+        )
+        if found != durable:
+            raise in_other_form("queue", name, "queue_declare")
+        self._declared[name] = durable, auto_delete, arguments
+
+    def bind(self, queue: str, exchange: str, routing_key: str, pattern: str) -> None:
+        """Let an exchange route to a queue."""
+        if not self.queue.bind(queue, exchange, routing_key, pattern):
+            raise not_found("exchange or queue", f"{exchange}, {queue}", "queue_bind")
+        self._bound.setdefault(queue, {})[exchange, routing_key] = pattern
+
+    def unbind(self, queue: str, exchange: str, routing_key: str) -> None:
+        """Let an exchange route to a queue no more."""
+        self.queue.unbind(queue, exchange, routing_key)
+        self._bound.get(queue, {}).pop((exchange, routing_key), None)
+
+    def _declare_again(self, queue: str) -> None:
+        if queue in self._declared:
+            self.declare_queue(queue, *self._declared[queue])
+        for (exchange, routing_key), pattern in self._bound.get(queue, {}).items():
+            self.queue.bind(queue, exchange, routing_key, pattern)
+
+    # --- consuming -------------------------------------------------------------------------------------------
+
+    @property
+    def consumer(self) -> Consumer:
+        """The consumer, started when it is first needed."""
+        if self._consumer is None:
+            consumer = Consumer(
+                self.queue,
+                MessageQueue(self._connection(self._listen_url), self._schema),
+                name=f"{socket.gethostname()}:{os.getpid()}",
+                grace=self._grace,
+                poll_interval=self._poll_interval,
+                free=_free,
+                declare=self._declare_again,
+            )
+            consumer.start()
+            self._consumer = consumer
+        return self._consumer
+
+    def consume(self, subscription: Subscription, callback: Any) -> None:
+        """Let a callback get the messages of a queue."""
+        self._receivers[subscription.tag] = callback
+        self.consumer.subscribe(subscription)
+
+    def cancel(self, tag: str) -> None:
+        """Let it get no more."""
+        self._receivers.pop(tag, None)
+        if self._consumer is not None:
+            self._consumer.cancel(tag)
+            if self._consumer.is_idle:
+                self._end_consumer()
+
+    def _end_consumer(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close()
+
+    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        """Deliver one message.
+
+        Raises:
+            TimeoutError: there was none within ``timeout`` seconds (None waits for ever).
+        """
+        consumer = self._consumer
+        if consumer is None:
+            time.sleep(1.0 if timeout is None else timeout)
+            raise TimeoutError
+        longest = _LONGEST_DRAIN if not consumer.is_idle else None
+        if longest is not None:
+            timeout = longest if timeout is None else min(timeout, longest)
+        delivery = consumer.next(timeout)
+        if delivery is None:
+            raise TimeoutError
+        channel: Any = delivery.subscription.group
+        message = channel.received(delivery)
+        if message is not None:
+            self._receivers[delivery.subscription.tag](message)
+
+
+_ready: set[tuple[URL, str]] = set()  # databases and schemas whose version this process has seen
+
+
+def _free(channel: Hashable) -> int | None:
+    assert isinstance(channel, Channel)  # noqa: S101
+    free: int | None = channel.qos.free
+    return free
+
+
+def _url_and_schema(client: Any) -> tuple[URL, str | None]:
+    """The database that a kombu connection names, and the schema if its URL says one."""
+    given = client.hostname or ""
+    if "://" in given:
+        url = database_url(given)
+    else:  # one of several broker URLs, which kombu takes apart
+        url = URL.create(
+            "postgresql+psycopg",
+            client.userid,
+            client.password,
+            client.hostname,
+            int(client.port) if client.port else None,
+            None if client.virtual_host in (None, "/") else client.virtual_host,
+        )
+    schema = url.query.get("schema")
+    if schema is not None and not isinstance(schema, str):
+        raise ConfigurationError("the broker URL names more than one schema")
+    return url.difference_update_query(["schema"]), schema
+
+
+def _seconds(options: dict[str, Any], name: str, default: float) -> float:
+    value = options.pop(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 86_400:
+        raise ConfigurationError(f"broker_transport_options[{name!r}] is a number of seconds, not {value!r}")
+    return float(value)
+
+
+def _let_workers_meet() -> None:
+    """Celery's workers greet each other and gossip over transports that they know by name; now ours, too."""
+    for module, step in (("mingle", "Mingle"), ("gossip", "Gossip")):
+        loaded = sys.modules.get(f"celery.worker.consumer.{module}")
+        if loaded is not None:
+            getattr(loaded, step).compatible_transports.add(Transport.driver_type)

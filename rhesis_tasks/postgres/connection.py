@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL
@@ -55,7 +55,7 @@ class Connection:
         self._raw: psycopg.Connection[Any] | None = None
         self._pid = os.getpid()
         self._opening = threading.Lock()
-        self._listeners: list[Any] = []
+        self._on_notification: Callable[[str], None] | None = None
         _all.add(self)
 
     def __repr__(self) -> str:
@@ -96,13 +96,13 @@ class Connection:
         self.is_pooled = pid != raw.info.backend_pid
         if self.is_pooled:
             raw.prepare_threshold = None  # the next transaction may be on another server connection
-        for listener in self._listeners:
-            raw.add_notify_handler(listener)
+        if (call := self._on_notification) is not None:
+            raw.add_notify_handler(lambda notification: call(notification.payload))  # received during a query
         return raw
 
-    def on_notification(self, listener: Any) -> None:
-        """Call ``listener`` with each notification that is received, now and after it is opened again."""
-        self._listeners.append(listener)
+    def on_notification(self, call: Callable[[str], None]) -> None:
+        """Call a function with the payload of each notification; to be said before it is opened."""
+        self._on_notification = call
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction of its own, and return its rows.
@@ -148,7 +148,7 @@ class Connection:
         return self.open().fileno()
 
     def receive(self) -> None:
-        """Take in what has arrived on the socket; notifications go to their listeners.
+        """Take in what has arrived on the socket; notifications go to on_notification.
 
         Raises:
             DatabaseUnavailableError: the connection was lost.
@@ -162,8 +162,8 @@ class Connection:
             self.close()
             raise self._unavailable(f"{redacted(self.url)}: {_first_lines(error)}") from error
         while notification := raw.pgconn.notifies():
-            for listener in self._listeners:
-                listener(notification)
+            if self._on_notification is not None:
+                self._on_notification(notification.extra.decode())
 
     def close(self) -> None:
         """Close it; the next query opens it again."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from ..errors import RhesisTasksError
+from ..errors import DatabaseUnavailableError
 from ..settings import redacted
 from .queue import MessageQueue
 
@@ -71,7 +71,7 @@ class Listener:
         self._again_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
         self.listening = False  #: whether notifications reach us
-        queue.connection.on_notification(lambda notification: on_message(notification.payload))
+        queue.connection.on_notification(on_message)
 
     def start(self) -> None:
         """Attach the consumer, and keep it so.
@@ -140,10 +140,10 @@ class Listener:
             except Exception as error:
                 if self._stopping.is_set():
                     return
-                if not pause:
+                if not isinstance(error, DatabaseUnavailableError):
+                    _log.exception("consumer %d: its listener failed, and starts anew", self._consumer)
+                elif not pause:
                     _log.warning("consumer %d lost its connection, trying again: %s", self._consumer, error)
-                    if not isinstance(error, RhesisTasksError):
-                        _log.debug("unexpected", exc_info=True)
                 self.listening = False
                 self._queue.connection.close()
                 pause = min(max(_FIRST_PAUSE, pause * 2), _LONGEST_PAUSE)

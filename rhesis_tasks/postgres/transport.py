@@ -71,6 +71,8 @@ class Transport(virtual.Transport):
         self._receivers: dict[str, Any] = {}  # what gets the messages of a subscription, by its tag
         self._declared: dict[str, tuple[bool, bool, dict[str, Any]]] = {}
         self._bound: dict[str, dict[tuple[str, str], str]] = {}
+        # kombu's has the whole URL as its hostname, and `celery inspect stats` shows it.
+        client.info = lambda: {**type(client).info(client), "hostname": redacted(self._url)}
         _let_workers_meet()
 
     def _connection(self, url: URL) -> Connection:

@@ -13,6 +13,7 @@ Others, those of other transports and kombu's own, are passed over.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -40,6 +41,9 @@ POLL_INTERVAL: Final = 5.0
 
 # Celery before 5.7 acknowledges between two calls of drain_events only, so these must not be long while work is done.
 _LONGEST_DRAIN: Final = 0.01 if celery.VERSION[:2] < (5, 7) else None
+
+# A signal that stops the worker does not end a wait, so that the wait looks up now and then.
+_SLICE: Final = 0.25
 
 
 class Transport(virtual.Transport):
@@ -209,12 +213,12 @@ class Transport(virtual.Transport):
         if consumer is None:
             time.sleep(1.0 if timeout is None else timeout)
             raise TimeoutError
-        longest = _LONGEST_DRAIN if not consumer.is_idle else None
-        if longest is not None:
-            timeout = longest if timeout is None else min(timeout, longest)
-        delivery = consumer.next(timeout)
-        if delivery is None:
-            raise TimeoutError
+        if _LONGEST_DRAIN is not None and not consumer.is_idle:
+            timeout = _LONGEST_DRAIN if timeout is None else min(timeout, _LONGEST_DRAIN)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (delivery := consumer.next(max(0.0, min(_SLICE, deadline - time.monotonic())))) is None:
+            if time.monotonic() >= deadline or _worker_is_stopping():
+                raise TimeoutError
         channel: Any = delivery.subscription.group
         message = channel.received(delivery)
         if message is not None:
@@ -263,3 +267,11 @@ def _let_workers_meet() -> None:
         loaded = sys.modules.get(f"celery.worker.consumer.{module}")
         if loaded is not None:
             getattr(loaded, step).compatible_transports.add(Transport.driver_type)
+
+
+def _worker_is_stopping() -> bool:
+    """Whether this process is a Celery worker that was told to stop."""
+    state: Any = sys.modules.get("celery.worker.state")
+    return state is not None and any(
+        flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate)
+    )

@@ -117,6 +117,7 @@ def running_worker(
     pool: str = "prefork",
     concurrency: int = 2,
     env: dict[str, str] | None = None,
+    chatty: bool = False,
     arguments: Sequence[str] = (),
 ) -> Iterator[Child]:
     """A real Celery worker that is ready, stopped at the end of the block.
@@ -127,6 +128,7 @@ def running_worker(
         pool: prefork, threads, solo, ...
         concurrency: processes or threads.
         env: added to the environment.
+        chatty: let it greet other workers, and gossip with them.
         arguments: further arguments of ``celery worker``.
 
     Yields:
@@ -134,7 +136,9 @@ def running_worker(
     """
     command = python(
         *("-m", "celery", "-A", app, "worker", "--loglevel", "INFO", "--pool", pool),
-        *("--concurrency", str(concurrency), "--without-gossip", "--without-mingle", *arguments),
+        *("--concurrency", str(concurrency)),
+        *(() if chatty else ("--without-gossip", "--without-mingle")),
+        *arguments,
     )
     with child(f"worker {app}", command, env=env, cwd=cwd) as worker:
         worker.wait_for(" ready.")

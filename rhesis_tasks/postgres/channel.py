@@ -312,6 +312,11 @@ class Channel(virtual.Channel):
             self.qos.append(message, message.delivery_tag)
         return message
 
+    def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:
+        """Limit the unacknowledged messages of this channel; 0 is no limit."""
+        super().basic_qos(prefetch_size, prefetch_count, apply_global)
+        self.connection.look_now()
+
     def basic_ack(self, delivery_tag: Any, multiple: bool = False) -> None:
         """A message was done; it is deleted within moments."""
         (self.qos.ack_up_to if multiple else self.qos.ack)(delivery_tag)

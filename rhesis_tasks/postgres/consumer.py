@@ -29,6 +29,8 @@ BATCH: Final = 100
 # After a consumer has asked to be notified, it looks once more at once, and twice a little later: for a message whose
 # publisher looked for waiters just before, and committed just after.
 _LOOKS: Final = (0.0, 0.02, 0.2)
+# When nobody has come for messages for so long (a worker that shuts down does not), the listener acknowledges.
+_UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
 _LONGEST_PAUSE: Final = 2.0
 
@@ -71,6 +73,7 @@ class Consumer:
         poll_interval: seconds between two looks at the server where nothing has called.
         free: how many more messages a group may hold; None is no limit.
         declare: called with a queue's name when the server may have forgotten it.
+        on_call: called, in whichever thread, when :meth:`next` has something to do again.
     """
 
     def __init__(
@@ -83,12 +86,14 @@ class Consumer:
         poll_interval: float,
         free: Callable[[Hashable], int | None],
         declare: Callable[[str], None],
+        on_call: Callable[[], None],
     ) -> None:
         self._queue = queue
         self._grace = grace
         self._poll_interval = poll_interval
         self._free = free
         self._declare = declare
+        self._on_call = on_call
         self._pid = os.getpid()
         self._subscriptions: dict[str, Subscription] = {}
         self._buffer: deque[Delivery] = deque()
@@ -100,6 +105,7 @@ class Consumer:
         self._next_look = 0.0
         self._call = threading.Event()  # there is something to do
         self._draining = False
+        self._looked_at = 0.0
         self._generation = 0  # of the connection that the server's answers came on
         self._outage: tuple[float, float] | None = None  # (when it began, seconds until the next attempt)
         self._reaped = False
@@ -111,7 +117,7 @@ class Consumer:
             grace,
             on_message=self._on_message,
             on_return=self._on_return,
-            on_poke=self._on_poke,
+            on_turn=self._on_turn,
             queues=self._queues,
         )
 
@@ -131,7 +137,7 @@ class Consumer:
         """Consume a queue from now on."""
         self._queue.subscribe(self.number, subscription.queue)
         self._subscriptions[subscription.tag] = subscription
-        self._look_now()
+        self.look_now()
 
     def cancel(self, tag: str) -> None:
         """Consume no more; what was claimed ahead is given back, what was handed out stays held."""
@@ -205,9 +211,8 @@ class Consumer:
         """A message was done; it is deleted with the next statement, or within moments if none is due."""
         if message.token is not None and self._held.pop(message.id, None) is not None:
             self._acks.append((message.id, message.token))
-            if self._draining:
-                self._call.set()
-            else:
+            self._signal()
+            if not self._draining and time.monotonic() - self._looked_at > _UNATTENDED:
                 self._listener.poke()
 
     def release(self, messages: Iterable[Claimed], *, uncounted: bool = False) -> None:
@@ -278,6 +283,7 @@ class Consumer:
                 self._outage = None
 
     def _claim(self) -> None:
+        self._looked_at = time.monotonic()
         self._resume()
         groups = self._groups()
         takes = sorted({each.queue for each in self._subscriptions.values() if each.no_ack})
@@ -360,9 +366,19 @@ class Consumer:
         self._next_look = now + (_LOOKS[self._looks] if self._looks < len(_LOOKS) else self._poll_interval)
         self._looks += 1
 
-    def _look_now(self) -> None:
+    def look_now(self) -> None:
+        """Look at the server with the next call of :meth:`next`: there may be something, or more may be held."""
         self._next_look = 0.0
+        self._signal()
+
+    def _signal(self) -> None:
         self._call.set()
+        self._on_call()
+
+    @property
+    def pause(self) -> float:
+        """Seconds until :meth:`next` has something to do even if nothing calls."""
+        return max(0.0, self._next_look - time.monotonic())
 
     # --- after an outage -------------------------------------------------------------------------------------
 
@@ -423,14 +439,14 @@ class Consumer:
 
     def _on_message(self, queue: str) -> None:
         self._waiting_for.discard(queue)
-        self._look_now()
+        self.look_now()
 
     def _on_return(self, reaped: bool) -> None:
         self._waiting_for = set()
         self._reaped = self._reaped or reaped
-        self._look_now()
+        self.look_now()
 
-    def _on_poke(self) -> None:
+    def _on_turn(self) -> None:
         if self._acks and not self._draining:
             time.sleep(0.01)  # for more to come, or for the consuming thread to take them
             if not self._draining:

@@ -39,7 +39,7 @@ class Listener:
         grace: seconds after which a consumer that gives no life sign is dead.
         on_message: called with a queue's name when a message for the consumer is there.
         on_return: called when notifications may have been missed; with True if the consumer was reaped meanwhile.
-        on_poke: called in the thread after :meth:`poke`.
+        on_turn: called in the thread a few times in a grace period, and after :meth:`poke`.
         queues: the names of the queues that are consumed.
     """
 
@@ -52,7 +52,7 @@ class Listener:
         *,
         on_message: Callable[[str], None],
         on_return: Callable[[bool], None],
-        on_poke: Callable[[], None],
+        on_turn: Callable[[], None],
         queues: Callable[[], list[str]],
     ) -> None:
         self._queue = queue
@@ -61,7 +61,7 @@ class Listener:
         self._grace = grace
         self._on_message = on_message
         self._on_return = on_return
-        self._on_poke = on_poke
+        self._on_turn = on_turn
         self._queues = queues
         self._stopping = threading.Event()
         self._read_end, self._write_end = socket.socketpair()
@@ -95,7 +95,7 @@ class Listener:
         self._write_end.close()
 
     def poke(self) -> None:
-        """Let the thread call on_poke soon."""
+        """Let the thread call on_turn soon."""
         with suppress(OSError):  # full: it has been poked already; closed: it is stopping
             self._write_end.send(b"!")
 
@@ -169,11 +169,12 @@ class Listener:
             while len(self._read_end.recv(64)) == 64:
                 pass
         if not self._stopping.is_set():
-            self._on_poke()
+            self._on_turn()
 
     def _keep(self) -> None:
         if self._stopping.is_set():
             return
+        self._on_turn()
         kept = self._queue.keep(self._consumer, self._grace)
         self._again_at = time.monotonic() + kept.again_in
         if self._queue.connection.is_pooled:

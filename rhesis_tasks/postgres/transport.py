@@ -18,10 +18,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, Final
 
 import celery
+from celery.signals import worker_init
 from kombu.transport import virtual
 from sqlalchemy import URL
 
@@ -29,7 +31,7 @@ from ..errors import ConfigurationError, DatabaseUnavailableError, SchemaError
 from ..settings import database_url, quote_identifier, redacted, schema_name
 from .channel import Channel, in_other_form, not_found
 from .connection import Connection
-from .consumer import Consumer, Subscription
+from .consumer import BATCH, Consumer, Delivery, Subscription
 from .engines import shared_engine
 from .queue import MessageQueue
 from .schema import SchemaStatus, ensure_schema, require_version
@@ -72,12 +74,12 @@ class Transport(virtual.Transport):
         self._listen_url = database_url(listen_url) if listen_url else self._url
         self.queue = MessageQueue(self._connection(self._url), self._schema)
         self._consumer: Consumer | None = None
+        self._loop = _Loop(self._deliver_some)
         self._receivers: dict[str, Any] = {}  # what gets the messages of a subscription, by its tag
         self._declared: dict[str, tuple[bool, bool, dict[str, Any]]] = {}
         self._bound: dict[str, dict[tuple[str, str], str]] = {}
         # kombu's has the whole URL as its hostname, and `celery inspect stats` shows it.
         client.info = lambda: {**type(client).info(client), "hostname": redacted(self._url)}
-        _let_workers_meet()
 
     def _connection(self, url: URL) -> Connection:
         return Connection(url, name="rhesis-tasks", connect_timeout=self.client.connect_timeout)
@@ -130,6 +132,7 @@ class Transport(virtual.Transport):
         try:
             super().close_connection(connection)
         finally:
+            self._loop.leave()
             self._end_consumer()
             self.queue.connection.close()
 
@@ -180,6 +183,7 @@ class Transport(virtual.Transport):
                 poll_interval=self._poll_interval,
                 free=_free,
                 declare=self._declare_again,
+                on_call=self._loop.call,
             )
             consumer.start()
             self._consumer = consumer
@@ -197,6 +201,11 @@ class Transport(virtual.Transport):
             self._consumer.cancel(tag)
             if self._consumer.is_idle:
                 self._end_consumer()
+
+    def look_now(self) -> None:
+        """Look for messages: more of them may be delivered now."""
+        if self._consumer is not None:
+            self._consumer.look_now()
 
     def _end_consumer(self) -> None:
         consumer, self._consumer = self._consumer, None
@@ -219,10 +228,90 @@ class Transport(virtual.Transport):
         while (delivery := consumer.next(max(0.0, min(_SLICE, deadline - time.monotonic())))) is None:
             if time.monotonic() >= deadline or _worker_is_stopping():
                 raise TimeoutError
+        self._deliver(delivery)
+
+    def _deliver(self, delivery: Delivery) -> None:
         channel: Any = delivery.subscription.group
+        receiver = self._receivers.get(delivery.subscription.tag)
         message = channel.received(delivery)
-        if message is not None:
-            self._receivers[delivery.subscription.tag](message)
+        if message is not None and receiver is not None:
+            receiver(message)
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """Deliver messages from inside kombu's event loop, which Celery's worker runs for the prefork pool."""
+        self._loop.join(loop)
+
+    def _deliver_some(self) -> float:
+        """Deliver what is there; returns the seconds until it is to be called again."""
+        consumer = self._consumer
+        for _ in range(BATCH):
+            delivery = consumer.next(0) if consumer is not None else None
+            if delivery is None:
+                return math.inf if consumer is None else consumer.pause
+            self._deliver(delivery)
+        return 0.0
+
+
+class _Loop:
+    """The transport's place in an event loop of kombu's: a socket that wakes it, and a timer.
+
+    Args:
+        work: what to do; returns the seconds until it is to be done again.
+    """
+
+    def __init__(self, work: Callable[[], float]) -> None:
+        self._work = work
+        self._loop: Any = None
+        self._timer: Any = None
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+
+    def join(self, loop: Any) -> None:
+        """Do the work in this loop from now on."""
+        self.leave()
+        self._loop = loop
+        self._sockets = socket.socketpair()
+        for end in self._sockets:
+            end.setblocking(False)
+        loop.add_reader(self._sockets[0].fileno(), self._on_call)
+        self.call()
+
+    def leave(self) -> None:
+        """Do it no more."""
+        if self._sockets is not None:
+            reader, writer = self._sockets
+            with suppress(Exception):  # the loop may be closed already
+                self._loop.remove_reader(reader.fileno())
+            self._sockets = None
+            reader.close()
+            writer.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop = self._timer = None
+
+    def call(self) -> None:
+        """Let the work be done soon; from any thread."""
+        sockets = self._sockets
+        if sockets is not None:
+            with suppress(OSError):  # full: it was called already; closed: it is leaving
+                sockets[1].send(b"!")
+
+    def _on_call(self) -> None:
+        if self._sockets is not None:
+            with suppress(BlockingIOError):
+                self._sockets[0].recv(4096)
+            self._run()
+
+    def _run(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        pause = self._work()
+        if self._loop is None:
+            return
+        if pause <= 0:
+            self.call()
+        elif pause < math.inf:
+            self._timer = self._loop.call_later(pause, self._run)
 
 
 _ready: set[tuple[URL, str]] = set()  # databases and schemas whose version this process has seen
@@ -261,17 +350,31 @@ def _seconds(options: dict[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _let_workers_meet() -> None:
-    """Celery's workers greet each other and gossip over transports that they know by name; now ours, too."""
-    for module, step in (("mingle", "Mingle"), ("gossip", "Gossip")):
-        loaded = sys.modules.get(f"celery.worker.consumer.{module}")
-        if loaded is not None:
-            getattr(loaded, step).compatible_transports.add(Transport.driver_type)
-
-
 def _worker_is_stopping() -> bool:
     """Whether this process is a Celery worker that was told to stop."""
     state: Any = sys.modules.get("celery.worker.state")
     return state is not None and any(
         flag is not None and flag is not False for flag in (state.should_stop, state.should_terminate)
     )
+
+
+def _prepare_worker(sender: Any, **_: Any) -> None:
+    """Tell a worker of Celery's what it would know of its own transports.
+
+    Workers greet each other and gossip over transports that are on a list.  The prefork pool needs the event loop:
+    without it a busy pool blocks the worker, so that nothing is revoked and no command answered.  (The other pools
+    do not, and are faster without.)
+    """
+    if not isinstance(sender._conninfo.transport, Transport):
+        return
+    from celery.concurrency import get_implementation, prefork
+    from celery.worker.consumer.gossip import Gossip
+    from celery.worker.consumer.mingle import Mingle
+
+    for step in (Mingle, Gossip):
+        step.compatible_transports.add(Transport.driver_type)
+    if issubclass(get_implementation(sender.pool_cls), prefork.TaskPool):
+        sender.use_eventloop = True
+
+
+worker_init.connect(_prepare_worker, weak=False, dispatch_uid="rhesis_tasks.postgres.transport")

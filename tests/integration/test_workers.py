@@ -79,7 +79,7 @@ def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
         yield tasks, database.url
 
 
-@pytest.fixture(scope="module", params=["prefork", "threads", "solo"])
+@pytest.fixture(scope="module", params=["prefork", "threads", "solo", "gevent"])
 def rig(request: pytest.FixtureRequest, application: tuple[Any, str]) -> Iterator[Rig]:
     """A worker in each pool."""
     tasks, url = application

@@ -78,11 +78,7 @@ class QoS(virtual.QoS):
         if message is None:
             return
         if requeue:
-            try:
-                self.channel.connection.consumer.release([message.claimed])
-            except BaseException:
-                self._delivered[delivery_tag] = message
-                raise
+            self.channel.connection.consumer.release([message.claimed])
         else:
             self._done(message)
 
@@ -111,7 +107,7 @@ class QoS(virtual.QoS):
     def _release(self, uncounted: bool) -> None:
         messages, self._delivered = list(self._delivered.values()), {}
         if messages:
-            self.channel.connection.consumer.release((message.claimed for message in messages), uncounted=uncounted)
+            self.channel.connection.consumer.release([message.claimed for message in messages], uncounted=uncounted)
 
 
 class Channel(virtual.Channel):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from ..errors import DatabaseUnavailableError
@@ -26,9 +28,11 @@ _log = logging.getLogger(__name__)
 BATCH: Final = 100
 """How many messages are claimed at once, at most."""
 
-# After a consumer has asked to be notified, it looks once more at once, and twice a little later: for a message whose
-# publisher looked for waiters just before, and committed just after.
+# After a consumer has asked to be notified it looks once more at once, and twice a little later: for a message whose
+# publisher looked for waiters just before, and committed just after.  (Messages that are taken for good, such as
+# events, are committed without a flush, so that once is enough.)
 _LOOKS: Final = (0.0, 0.02, 0.2)
+_LOOKS_FOR_TAKING: Final = (0.0,)
 # When nobody has come for messages for so long (a worker that shuts down does not), the listener acknowledges.
 _UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
@@ -97,13 +101,15 @@ class Consumer:
         self._pid = os.getpid()
         self._subscriptions: dict[str, Subscription] = {}
         self._buffer: deque[Delivery] = deque()
-        self._held: dict[int, int] = {}  # id -> claim token of what was handed out and not acknowledged
+        self._held: dict[int, int] = {}  # by claim token, the ids of what was handed out and not acknowledged
         self._acks: deque[tuple[int, int]] = deque()
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
         self._waiting_for: set[str] = set()  # queues whose publishers will notify us
-        self._looks = 0  # how often we looked since we asked for that
+        self._looks: deque[float] = deque()  # seconds until each of the next looks, before the slow ones
         self._next_look = 0.0
+        self._called = False  # somebody wants us to look before that
         self._call = threading.Event()  # there is something to do
+        self._talking = threading.Lock()  # held while acknowledgements are under way
         self._draining = False
         self._looked_at = 0.0
         self._generation = 0  # of the connection that the server's answers came on
@@ -146,10 +152,13 @@ class Consumer:
             return
         returned = [delivery for delivery in self._buffer if delivery.subscription is subscription]
         self._buffer = deque(delivery for delivery in self._buffer if delivery.subscription is not subscription)
-        self._give_back(delivery.message for delivery in returned)
+        self.release([delivery.message for delivery in returned], uncounted=True)
         if subscription.queue not in self._queues():
-            self._queue.unsubscribe(self.number, subscription.queue)
             self._waiting_for.discard(subscription.queue)
+            try:
+                self._queue.unsubscribe(self.number, subscription.queue)
+            except DatabaseUnavailableError as error:
+                _log.warning("consumer %d is still subscribed to %r: %s", self.number, subscription.queue, error)
 
     def _queues(self) -> list[str]:
         return sorted({subscription.queue for subscription in list(self._subscriptions.values())})
@@ -176,16 +185,14 @@ class Consumer:
                 if self._buffer:
                     return self._hand_out(self._buffer.popleft())
                 self._call.clear()
-                now = time.monotonic()
-                if self._acks or now >= self._next_look:
+                if self.pause <= 0:
                     self._look()
                     if self._buffer:
                         continue
-                    now = time.monotonic()
-                if deadline is not None and now >= deadline:
+                remaining = math.inf if deadline is None else deadline - time.monotonic()
+                if remaining <= 0:
                     return None
-                until = self._next_look if deadline is None else min(self._next_look, deadline)
-                self._call.wait(max(0.0, until - now))
+                self._call.wait(min(self.pause, remaining))
         finally:
             self._draining = False
 
@@ -204,33 +211,45 @@ class Consumer:
 
     def _hand_out(self, delivery: Delivery) -> Delivery:
         if delivery.message.token is not None:
-            self._held[delivery.message.id] = delivery.message.token
+            self._held[delivery.message.token] = delivery.message.id
         return delivery
 
     def ack(self, message: Claimed) -> None:
         """A message was done; it is deleted with the next statement, or within moments if none is due."""
-        if message.token is not None and self._held.pop(message.id, None) is not None:
+        if message.token in self._held:
             self._acks.append((message.id, message.token))
+            del self._held[message.token]
             self._signal()
             if not self._draining and time.monotonic() - self._looked_at > _UNATTENDED:
                 self._listener.poke()
 
-    def release(self, messages: Iterable[Claimed], *, uncounted: bool = False) -> None:
+    def release(self, messages: Sequence[Claimed], *, uncounted: bool = False) -> None:
         """Give messages back to the place they had, to be claimed by whoever comes first.
 
-        Raises:
-            DatabaseUnavailableError: the server cannot be reached; they are still held.
+        If the server cannot be reached, they are given back when it is.
         """
         claims = [(message.id, message.token) for message in messages if message.token is not None]
+        for _, token in claims:
+            self._held.pop(token, None)
         if claims:
-            self._queue.release(claims, uncounted=uncounted)
-            for id, _ in claims:
-                self._held.pop(id, None)
+            with self._or_when_it_is_back():
+                self._queue.release(claims, uncounted=uncounted)
 
     def set_aside(self, message: Claimed) -> None:
         """Keep a message that nobody can read, where nobody claims it."""
-        if message.token is not None and self._held.pop(message.id, None) is not None:
-            self._queue.set_aside(message.id, message.token)
+        if message.token is not None:
+            self._held.pop(message.token, None)
+            with self._or_when_it_is_back():
+                self._queue.set_aside(message.id, message.token)
+
+    @contextmanager
+    def _or_when_it_is_back(self) -> Iterator[None]:
+        """For what is not in our books any more, so that it is released when the server is back."""
+        try:
+            yield
+        except DatabaseUnavailableError as error:
+            _log.warning("consumer %d will give messages back later: %s", self.number, error)
+            self._generation = -1
 
     def close(self) -> None:
         """Acknowledge what was done, give back the rest, and be gone.
@@ -256,18 +275,20 @@ class Consumer:
         Raises:
             DatabaseUnavailableError: the server cannot be reached; it is tried again later.
         """
-        if acks := self._taken_acks():
-            try:
-                late = self._queue.ack(acks)
-            except BaseException:
-                self._keep_for_later(acks)
-                raise
-            self._tell_late(late)
+        with self._talking:
+            if acks := self._taken_acks():
+                try:
+                    late = self._queue.ack(acks)
+                except BaseException:
+                    self._keep_for_later(acks)
+                    raise
+                self._tell_late(late)
 
     # --- looking ---------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         """Acknowledge and claim, and decide when to look again; an outage is waited out by the caller."""
+        self._called = False  # before, so that a call during the look makes us look again
         try:
             self._claim()
         except DatabaseUnavailableError as error:
@@ -283,92 +304,86 @@ class Consumer:
                 self._outage = None
 
     def _claim(self) -> None:
-        self._looked_at = time.monotonic()
-        self._resume()
-        groups = self._groups()
-        takes = sorted({each.queue for each in self._subscriptions.values() if each.no_ack})
-        wanted = list(takes)
-        asked, found = 0, 0
-        first = True
-        while groups or first:
-            queues, slots = groups.pop() if groups else ([], 0)
-            asked += slots
-            if slots:
-                wanted += queues
-            acks = self._taken_acks() if first else []
-            try:
-                messages, late = self._queue.claim(
-                    self.number, queues, slots, take_from=takes if first else [], take_slots=BATCH, acks=acks
-                )
-            except BaseException:
-                self._keep_for_later(acks)
-                raise
-            self._tell_late([each.id for each in late])
-            found += self._take_in(messages)
-            first = False
-        self._schedule(wanted, full=asked > 0 and found >= asked)
+        with self._talking:
+            self._looked_at = time.monotonic()
+            self._resume()
+            takes = [each for each in self._subscriptions.values() if each.no_ack]
+            groups = self._groups()
+            claimed_from: set[str] = set()
+            full = False
+            for number, (group, slots) in enumerate(groups or [([], 0)]):
+                claimed_from.update(each.queue for each in group)
+                found = self._claim_for(group, slots, takes if number == 0 else [])
+                full = full or 0 < slots <= found
+        self._schedule({each.queue for each in takes}, claimed_from, full)
 
-    def _groups(self) -> list[tuple[list[str], int]]:
-        """The queues of each group that may hold more messages, and how many more."""
-        queues: dict[Hashable, list[str]] = {}
+    def _claim_for(self, group: list[Subscription], slots: int, takes: list[Subscription]) -> int:
+        """Acknowledge and claim for subscriptions that share a limit; returns how many were claimed."""
+        acks = self._taken_acks()
+        try:
+            messages, late = self._queue.claim(
+                self.number,
+                [each.queue for each in group],
+                slots,
+                take_from=[each.queue for each in takes],
+                take_slots=BATCH,
+                acks=acks,
+            )
+        except BaseException:
+            self._keep_for_later(acks)
+            raise
+        self._tell_late(each.id for each in late)
+        by_queue = {(each.queue, each.no_ack): each for each in (*group, *takes)}
+        self._buffer.extend(Delivery(by_queue[each.queue, each.token is None], each) for each in messages)
+        return sum(each.token is not None for each in messages)
+
+    def _groups(self) -> list[tuple[list[Subscription], int]]:
+        """The subscriptions that share a limit and may hold more messages, and how many more."""
+        groups: dict[Hashable, list[Subscription]] = {}
         for subscription in self._subscriptions.values():
             if not subscription.no_ack:
-                queues.setdefault(subscription.group, []).append(subscription.queue)
-        ahead: dict[Hashable, int] = {}
-        for delivery in self._buffer:
-            group = delivery.subscription.group
-            ahead[group] = ahead.get(group, 0) + (not delivery.subscription.no_ack)
+                groups.setdefault(subscription.group, []).append(subscription)
+        ahead = Counter(each.subscription.group for each in self._buffer if not each.subscription.no_ack)
         found = []
-        for group, names in queues.items():
+        for group, subscriptions in groups.items():
             free = self._free(group)
-            slots = BATCH if free is None else min(BATCH, free - ahead.get(group, 0))
+            slots = BATCH if free is None else min(BATCH, free - ahead[group])
             if slots > 0:
-                names.append(names.pop(0))  # each queue comes first in its turn
-                found.append((names, slots))
-                self._rotate(group)
+                found.append((subscriptions, slots))
+                if len(subscriptions) > 1:  # the next time another queue comes first
+                    first = subscriptions[0].tag
+                    self._subscriptions[first] = self._subscriptions.pop(first)
         return found
 
-    def _rotate(self, group: Hashable) -> None:
-        """Let the next claim of a group begin with another queue."""
-        tags = [tag for tag, each in self._subscriptions.items() if each.group == group and not each.no_ack]
-        if len(tags) > 1:
-            self._subscriptions[tags[0]] = self._subscriptions.pop(tags[0])
-
-    def _take_in(self, messages: list[Claimed]) -> int:
-        by_queue = {(each.queue, each.no_ack): each for each in self._subscriptions.values()}
-        count = 0
-        for message in messages:
-            subscription = by_queue.get((message.queue, message.token is None))
-            if subscription is not None:
-                self._buffer.append(Delivery(subscription, message))
-                count += not subscription.no_ack
-        return count
-
-    def _schedule(self, wanted: list[str], full: bool) -> None:
-        """When to look again.
+    def _schedule(self, taken_from: set[str], claimed_from: set[str], full: bool) -> None:
+        """Ask to be notified, and decide when to look again.
 
         Args:
-            wanted: the queues that we would take messages from.
+            taken_from, claimed_from: the queues that we would take or claim messages from.
             full: we got all that we asked for, so that there may be more.
         """
-        now = time.monotonic()
-        if full or self._buffer:
-            self._looks = 0
-            self._next_look = now
-            return
-        if not self._listener.listening:
-            self._next_look = now + min(self._poll_interval, _POOLED_POLL_INTERVAL)
-            return
-        if self._waiting_for != set(wanted):
-            self._queue.wait_for(self.number, wanted)
-            self._waiting_for = set(wanted)
-            self._looks = 0
-        self._next_look = now + (_LOOKS[self._looks] if self._looks < len(_LOOKS) else self._poll_interval)
-        self._looks += 1
+        if full:
+            self._looks.clear()
+            pause = 0.0
+        elif not self._listener.listening:
+            pause = 0.0 if self._buffer else min(self._poll_interval, _POOLED_POLL_INTERVAL)
+        else:
+            wanted = taken_from | claimed_from
+            if self._waiting_for != wanted:
+                self._looks = deque(_LOOKS if claimed_from - self._waiting_for else _LOOKS_FOR_TAKING)
+                # In our books first, for the listener to take out what we are notified of right after.
+                self._waiting_for = set(wanted)
+                try:
+                    self._queue.wait_for(self.number, sorted(wanted))
+                except BaseException:
+                    self._waiting_for = set()
+                    raise
+            pause = self._looks.popleft() if self._looks else self._poll_interval
+        self._next_look = time.monotonic() + pause
 
     def look_now(self) -> None:
         """Look at the server with the next call of :meth:`next`: there may be something, or more may be held."""
-        self._next_look = 0.0
+        self._called = True
         self._signal()
 
     def _signal(self) -> None:
@@ -378,6 +393,8 @@ class Consumer:
     @property
     def pause(self) -> float:
         """Seconds until :meth:`next` has something to do even if nothing calls."""
+        if (self._called or self._acks) and self._outage is None:
+            return 0.0
         return max(0.0, self._next_look - time.monotonic())
 
     # --- after an outage -------------------------------------------------------------------------------------
@@ -395,7 +412,11 @@ class Consumer:
         for name in self._queues():
             self._declare(name)
             self._queue.subscribe(self.number, name)
-        known = [*self._held, *(delivery.message.id for delivery in self._buffer), *(id for id, _ in self._acks)]
+        known = [
+            *self._held.values(),
+            *(delivery.message.id for delivery in self._buffer),
+            *(id for id, _ in self._acks),
+        ]
         self._queue.release_unknown(self.number, known)
         self._waiting_for = set()
         self._generation = self._queue.connection.generation
@@ -427,14 +448,6 @@ class Consumer:
         if not self._acks:
             self._acks_in_doubt.clear()
 
-    def _give_back(self, messages: Iterable[Claimed]) -> None:
-        try:
-            self.release(messages, uncounted=True)
-        except DatabaseUnavailableError as error:
-            # They are not in our books any more, so that they are released when the server is back.
-            _log.warning("consumer %d will give back messages later: %s", self.number, error)
-            self._generation = -1
-
     # --- called by the listener's thread ---------------------------------------------------------------------
 
     def _on_message(self, queue: str) -> None:
@@ -444,6 +457,7 @@ class Consumer:
     def _on_return(self, reaped: bool) -> None:
         self._waiting_for = set()
         self._reaped = self._reaped or reaped
+        self._next_look = 0.0  # also in an outage, which is over
         self.look_now()
 
     def _on_turn(self) -> None:

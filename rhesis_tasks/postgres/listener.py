@@ -111,6 +111,7 @@ class Listener:
         else:
             # Not had at once if the server has not noticed yet that the session before this one is gone: then that
             # one holds it, which is as good for now.
+            self._queue.watch_for_loss()
             self._queue.attach(self._consumer, self._name, self._queues())
             self._queue.listen(self._consumer)
             self.listening = True

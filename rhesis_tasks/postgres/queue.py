@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from ..settings import quote_identifier
 from .connection import Connection
 
-__all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH"]
+__all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH", "QueueForm"]
 
 PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s)"
 """The statement that publishes; ``{schema}`` is the schema's quoted name."""
@@ -44,6 +44,15 @@ class Exchange(NamedTuple):
     durable: bool
     auto_delete: bool
     arguments: dict[str, Any]
+
+
+class QueueForm(NamedTuple):
+    """A queue as it was made; times are seconds."""
+
+    durable: bool
+    auto_delete: bool
+    expires: float | None
+    message_ttl: float | None
 
 
 class Kept(NamedTuple):
@@ -124,9 +133,16 @@ class MessageQueue:
         auto_delete: bool = False,
         expires: float | None = None,
         message_ttl: float | None = None,
-    ) -> bool:
-        """Make a queue, or change its times (seconds); returns whether it is durable, as it was made."""
-        return bool(self._value("declare_queue", name, durable, auto_delete, expires, message_ttl))
+    ) -> QueueForm:
+        """Make a queue if there is none of this name; returns it as it is.
+
+        Args:
+            durable: whether its messages survive a crash of the server.
+            auto_delete: whether it goes with its last consumer.
+            expires: seconds after which it goes if it is not used.
+            message_ttl: seconds after which its messages go if nobody claimed them.
+        """
+        return QueueForm(*self._call("declare_queue", name, durable, auto_delete, expires, message_ttl)[0])
 
     def queue_exists(self, name: str) -> bool:
         return bool(self._value("queue_exists", name))
@@ -171,6 +187,16 @@ class MessageQueue:
     def listen(self, consumer: int) -> None:
         """Let this connection receive the notifications for a consumer."""
         self.connection.query(f"LISTEN {quote_identifier(self._value('channel_of', consumer))}")
+
+    def watch_for_loss(self) -> None:
+        """Let the server notice in seconds that this session's other end is gone, and free its lock.
+
+        (Over a unix socket it always does, and ignores this.)
+        """
+        self.connection.query(
+            "SELECT set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false), "
+            "set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10000', false)"
+        )
 
     def subscribe(self, consumer: int, queue: str) -> None:
         self._call("subscribe", consumer, queue)

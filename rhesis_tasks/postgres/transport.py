@@ -18,7 +18,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from .channel import Channel, in_other_form, not_found
 from .connection import Connection
 from .consumer import BATCH, Consumer, Delivery, Subscription
 from .engines import shared_engine
-from .queue import MessageQueue
+from .queue import MessageQueue, QueueForm
 from .schema import SchemaStatus, ensure_schema, require_version
 
 __all__ = ["Transport"]
@@ -140,15 +140,13 @@ class Transport(virtual.Transport):
 
     def declare_queue(self, name: str, durable: bool, auto_delete: bool, arguments: dict[str, Any]) -> None:
         """Make a queue."""
-        expires, ttl = arguments.get("x-expires"), arguments.get("x-message-ttl")
-        found = self.queue.declare_queue(
-            name,
+        wanted = QueueForm(
             durable,
             auto_delete,
-            None if expires is None else expires / 1000,
-            None if ttl is None else ttl / 1000,
+            _from_milliseconds(arguments, "x-expires"),
+            _from_milliseconds(arguments, "x-message-ttl"),
         )
-        if found != durable:
+        if self.queue.declare_queue(name, *wanted) != wanted:
             raise in_other_form("queue", name, "queue_declare")
         self._declared[name] = durable, auto_delete, arguments
 
@@ -341,6 +339,11 @@ def _url_and_schema(client: Any) -> tuple[URL, str | None]:
     if schema is not None and not isinstance(schema, str):
         raise ConfigurationError("the broker URL names more than one schema")
     return url.difference_update_query(["schema"]), schema
+
+
+def _from_milliseconds(arguments: Mapping[str, Any], name: str) -> float | None:
+    value = arguments.get(name)
+    return None if value is None else value / 1000
 
 
 def _seconds(options: dict[str, Any], name: str, default: float) -> float:

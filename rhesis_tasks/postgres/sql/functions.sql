@@ -105,29 +105,24 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT EXISTS (SELECT FROM @schema@.exchange WHERE name = its_name)
 $$;
 
--- Make a queue, or change its times; returns whether it survives a crash, as it was made.
+-- Make a queue if there is none of this name; returns it as it is.
 CREATE OR REPLACE FUNCTION @schema@.declare_queue(
     its_name text, its_durable boolean, its_auto_delete boolean, expires_after double precision DEFAULT NULL,
     its_ttl double precision DEFAULT NULL
-) RETURNS boolean
+) RETURNS TABLE (durable boolean, auto_delete boolean, expires double precision, message_ttl double precision)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    found_queue @schema@.queue;
-    expiry      interval := make_interval(secs => expires_after);
-    ttl         interval := make_interval(secs => its_ttl);
 BEGIN
-    SELECT * INTO found_queue FROM @schema@.queue WHERE name = its_name;
+    INSERT INTO @schema@.queue (name, durable, auto_delete, expires, message_ttl)
+    SELECT its_name, its_durable, its_auto_delete, make_interval(secs => expires_after), make_interval(secs => its_ttl)
+    WHERE NOT EXISTS (SELECT FROM @schema@.queue q WHERE q.name = its_name)
+    ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
-        INSERT INTO @schema@.queue AS q (name, durable, auto_delete, expires, message_ttl)
-        VALUES (its_name, its_durable, its_auto_delete, expiry, ttl)
-        ON CONFLICT (name) DO UPDATE SET used_at = clock_timestamp()
-        RETURNING * INTO found_queue;
-    ELSIF found_queue.expires IS NOT NULL OR (found_queue.expires, found_queue.message_ttl) IS DISTINCT FROM (expiry, ttl)
-    THEN
-        UPDATE @schema@.queue SET expires = expiry, message_ttl = ttl, used_at = clock_timestamp()
-        WHERE name = its_name;
+        UPDATE @schema@.queue q SET used_at = clock_timestamp() WHERE q.name = its_name AND q.expires IS NOT NULL;
     END IF;
-    RETURN found_queue.durable;
+    RETURN QUERY
+    SELECT q.durable, q.auto_delete, extract(epoch FROM q.expires)::double precision,
+           extract(epoch FROM q.message_ttl)::double precision
+    FROM @schema@.queue q WHERE q.name = its_name;
 END
 $$;
 

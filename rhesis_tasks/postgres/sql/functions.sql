@@ -396,7 +396,7 @@ $$;
 -- Returns whether the caller was known, whether this session holds its lock, and in how many seconds to call again.
 CREATE OR REPLACE FUNCTION @schema@.keep(consumer_id integer, grace double precision)
 RETURNS TABLE (known boolean, locked boolean, again_in double precision)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     class   integer := @schema@.lock_class();
     me      @schema@.consumer;

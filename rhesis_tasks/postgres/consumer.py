@@ -260,14 +260,13 @@ class Consumer:
             return  # a forked child: all of this is its parent's
         self._subscriptions.clear()
         self._buffer.clear()
+        self._listener.stop()  # first, or it would find us gone and attach us again
         try:
             self.flush()
             self._queue.detach(self.number)
-            self._held.clear()
         except DatabaseUnavailableError as error:
             _log.warning("consumer %d could not say goodbye: %s", self.number, error)
-        finally:
-            self._listener.stop()
+        self._held.clear()
 
     def flush(self) -> None:
         """Acknowledge now what was done.

@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
-.PHONY: demo test lint types unit integration minimum wheel constraints clean
+# Servers that the integration tests start, as Debian packages.
+POSTGRES := $(wildcard /usr/lib/postgresql/15/bin/initdb)
+PGBOUNCER := $(wildcard /usr/sbin/pgbouncer)
+
+.PHONY: servers demo test lint types unit integration minimum wheel constraints clean
 
 demo: $(READY)  ## the main job, for real
 	@$(BIN)/rhesis-tasks demo $(ARGS)
@@ -39,7 +43,13 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest tests/unit
 
-integration: $(READY)  ## on real PostgreSQL, with real workers
+servers:  ## PostgreSQL 15 and PgBouncer from Debian, if they are missing
+ifeq ($(and $(POSTGRES),$(PGBOUNCER)),)
+	@echo "Installing postgresql-15 and pgbouncer (once) ..."
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql-15 pgbouncer >/dev/null
+endif
+
+integration: $(READY) servers  ## on real PostgreSQL, with real workers
 	$(BIN)/pytest tests/integration -n 2 --dist loadfile
 
 minimum: $(MINIMUM)/.ready  ## with the oldest versions of what we depend on

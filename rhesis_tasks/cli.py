@@ -109,7 +109,7 @@ def sql(name: str | None, roles: tuple[str, ...], web_roles: tuple[str, ...]) ->
     """Print the SQL that ``create`` runs, for a migration or a review; needs no database."""
     from .postgres.schema import schema_sql
 
-    click.echo(schema_sql(name, roles, web_roles))
+    click.echo(f"BEGIN;\n{schema_sql(name, roles, web_roles)}\nCOMMIT;")
 
 
 @schema.command("status")

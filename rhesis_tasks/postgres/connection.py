@@ -55,6 +55,7 @@ class Connection:
         self._raw: psycopg.Connection[Any] | None = None
         self._pid = os.getpid()
         self._opening = threading.Lock()
+        self._asking: set[int] = set()  # threads in the middle of a statement
         self._on_notification: Callable[[str], None] | None = None
         _all.add(self)
 
@@ -80,8 +81,13 @@ class Connection:
         import psycopg
 
         try:
-            raw = psycopg.connect(**self._parameters, autocommit=True)
-            _sockets.add(raw)
+            while True:
+                forks = _forks
+                raw = psycopg.connect(**self._parameters, autocommit=True)
+                _sockets.add(raw)
+                if forks == _forks:
+                    break
+                raw.close()  # a child that was forked meanwhile has the socket, too, and does not know
             pid, read_only = raw.execute(
                 "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
             ).fetchone() or (None, None)
@@ -100,6 +106,10 @@ class Connection:
             raw.add_notify_handler(lambda notification: call(notification.payload))  # received during a query
         return raw
 
+    @property
+    def is_open(self) -> bool:
+        return self._raw is not None and not self._raw.closed
+
     def on_notification(self, call: Callable[[str], None]) -> None:
         """Call a function with the payload of each notification; to be said before it is opened."""
         self._on_notification = call
@@ -113,6 +123,17 @@ class Connection:
             MissingPrivilegeError: the login may not do this.
             SchemaError: the functions of the library are not there, or are another version's.
         """
+        thread = threading.get_ident()
+        if thread in self._asking:
+            # Celery shuts down inside of a signal handler, which would wait for itself.
+            raise self._unavailable(f"{redacted(self.url)}: interrupted in the middle of a statement")
+        self._asking.add(thread)
+        try:
+            return self._query(sql, parameters)
+        finally:
+            self._asking.discard(thread)
+
+    def _query(self, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         import psycopg
 
         raw = self.open()
@@ -175,6 +196,7 @@ class Connection:
         """In a forked child: the connection is the parent's."""
         self._raw = None
         self._opening = threading.Lock()
+        self._asking = set()
 
 
 @functools.cache
@@ -222,4 +244,12 @@ def _leave_to_parent() -> None:
         connection._forget()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_parent=_count_fork, after_in_child=_leave_to_parent)

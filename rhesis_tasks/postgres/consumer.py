@@ -19,7 +19,7 @@ from typing import Final
 
 from ..errors import DatabaseUnavailableError
 from .listener import Listener
-from .queue import Claimed, MessageQueue
+from .queue import Claimed, Late, MessageQueue
 
 __all__ = ["Consumer", "Delivery", "Subscription"]
 
@@ -115,6 +115,7 @@ class Consumer:
         self._generation = 0  # of the connection that the server's answers came on
         self._outage: tuple[float, float] | None = None  # (when it began, seconds until the next attempt)
         self._reaped = False
+        self._agreed_at = time.monotonic()
         self.number = queue.new_consumer()
         self._listener = Listener(
             listening,
@@ -182,12 +183,12 @@ class Consumer:
         self._draining = True
         try:
             while True:
-                if self._buffer:
+                if self._buffer and not self._in_doubt:
                     return self._hand_out(self._buffer.popleft())
                 self._call.clear()
                 if self.pause <= 0:
                     self._look()
-                    if self._buffer:
+                    if self._buffer and not self._in_doubt:
                         continue
                 remaining = math.inf if deadline is None else deadline - time.monotonic()
                 if remaining <= 0:
@@ -195,6 +196,13 @@ class Consumer:
                 self._call.wait(min(self.pause, remaining))
         finally:
             self._draining = False
+
+    @property
+    def _in_doubt(self) -> bool:
+        """Whether what was claimed ahead may be others' by now."""
+        if time.monotonic() - self._listener.kept_at > self._grace:
+            self._reaped = True  # until we have agreed
+        return self._reaped
 
     def get(self, queue: str, group: Hashable, no_ack: bool) -> Delivery | None:
         """One message of a queue, if there is one, without a subscription.
@@ -220,8 +228,8 @@ class Consumer:
             self._acks.append((message.id, message.token))
             del self._held[message.token]
             self._signal()
-            if not self._draining and time.monotonic() - self._looked_at > _UNATTENDED:
-                self._listener.poke()
+            if not self._draining:
+                self._listener.poke(_UNATTENDED)
 
     def release(self, messages: Sequence[Claimed], *, uncounted: bool = False) -> None:
         """Give messages back to the place they had, to be claimed by whoever comes first.
@@ -281,7 +289,7 @@ class Consumer:
                 except BaseException:
                     self._keep_for_later(acks)
                     raise
-                self._tell_late(late)
+                self._tell_late(Late(id, 0, is_there=False) for id in late)
 
     # --- looking ---------------------------------------------------------------------------------------------
 
@@ -331,7 +339,7 @@ class Consumer:
         except BaseException:
             self._keep_for_later(acks)
             raise
-        self._tell_late(each.id for each in late)
+        self._tell_late(late)
         by_queue = {(each.queue, each.no_ack): each for each in (*group, *takes)}
         self._buffer.extend(Delivery(by_queue[each.queue, each.token is None], each) for each in messages)
         return sum(each.token is not None for each in messages)
@@ -402,23 +410,21 @@ class Consumer:
         """After the connection was lost or the consumer taken for dead, agree with the server on what we hold."""
         self._queue.connection.open()
         generation = self._queue.connection.generation
-        if generation == self._generation and not self._reaped:
-            return
-        if self._reaped:
-            # What was claimed ahead is others' now.
-            self._buffer.clear()
+        if generation != self._generation or self._reaped:
             self._reaped = False
-        for name in self._queues():
-            self._declare(name)
-            self._queue.subscribe(self.number, name)
-        known = [
-            *self._held.values(),
-            *(delivery.message.id for delivery in self._buffer),
-            *(id for id, _ in self._acks),
-        ]
-        self._queue.release_unknown(self.number, known)
-        self._waiting_for = set()
-        self._generation = self._queue.connection.generation
+            for name in self._queues():
+                self._declare(name)
+                self._queue.subscribe(self.number, name)
+            self._waiting_for = set()
+        elif time.monotonic() < self._agreed_at + self._grace:
+            return
+        # Also now and then: a claim may be carried out long after its connection was lost.
+        ahead = [each.message.token for each in self._buffer if each.message.token is not None]
+        acked = [token for _, token in list(self._acks)]
+        still = self._queue.agree(self.number, [*list(self._held), *ahead, *acked])
+        self._buffer = deque(each for each in self._buffer if each.message.token is None or each.message.token in still)
+        self._agreed_at = time.monotonic()
+        self._generation = generation
 
     def _taken_acks(self) -> list[tuple[int, int]]:
         taken = []
@@ -433,9 +439,9 @@ class Consumer:
         self._acks_in_doubt.update(id for id, _ in acks)
         self._acks.extendleft(reversed(acks))
 
-    def _tell_late(self, late: Iterable[int]) -> None:
-        for id in late:
-            if id in self._acks_in_doubt:
+    def _tell_late(self, late: Iterable[Late]) -> None:
+        for id, _, is_there in late:
+            if id in self._acks_in_doubt and not is_there:
                 continue  # it was acknowledged, and only the answer was lost
             _log.warning(
                 "message %d was done, but had been given to others: consumer %d gave no life sign for %g seconds.  It "
@@ -453,9 +459,9 @@ class Consumer:
         self._waiting_for.discard(queue)
         self.look_now()
 
-    def _on_return(self, reaped: bool) -> None:
+    def _on_return(self) -> None:
         self._waiting_for = set()
-        self._reaped = self._reaped or reaped
+        self._reaped = True  # or may have been: what was claimed ahead is in doubt until the server has been asked
         self._next_look = 0.0  # also in an outage, which is over
         self.look_now()
 

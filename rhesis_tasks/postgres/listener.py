@@ -8,6 +8,7 @@ long as that takes less than the grace period.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import selectors
 import socket
@@ -38,7 +39,7 @@ class Listener:
         name: what the consumer table calls it.
         grace: seconds after which a consumer that gives no life sign is dead.
         on_message: called with a queue's name when a message for the consumer is there.
-        on_return: called when notifications may have been missed; with True if the consumer was reaped meanwhile.
+        on_return: called when notifications may have been missed, or the consumer may have been taken for dead.
         on_turn: called in the thread a few times in a grace period, and after :meth:`poke`.
         queues: the names of the queues that are consumed.
     """
@@ -51,7 +52,7 @@ class Listener:
         grace: float,
         *,
         on_message: Callable[[str], None],
-        on_return: Callable[[bool], None],
+        on_return: Callable[[], None],
         on_turn: Callable[[], None],
         queues: Callable[[], list[str]],
     ) -> None:
@@ -69,6 +70,8 @@ class Listener:
         self._read_end.setblocking(False)
         self._warned = False
         self._again_at = 0.0
+        self._turn_at = math.inf
+        self.kept_at = 0.0  #: when the server last heard of us
         self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
         self.listening = False  #: whether notifications reach us
         queue.connection.on_notification(on_message)
@@ -81,6 +84,7 @@ class Listener:
             MissingPrivilegeError: the login may not consume.
         """
         self._attach()
+        self.kept_at = time.monotonic()
         self._thread.start()
 
     def stop(self) -> None:
@@ -94,8 +98,11 @@ class Listener:
         self._read_end.close()
         self._write_end.close()
 
-    def poke(self) -> None:
-        """Let the thread call on_turn soon."""
+    def poke(self, delay: float = 0.0) -> None:
+        """Let the thread call on_turn soon, or within so many seconds."""
+        if self._turn_at < math.inf:
+            return  # it will
+        self._turn_at = time.monotonic() + delay
         with suppress(OSError):  # full: it has been poked already; closed: it is stopping
             self._write_end.send(b"!")
 
@@ -133,7 +140,7 @@ class Listener:
             try:
                 if pause:
                     self._attach()
-                    self._on_return(False)
+                    self._on_return()
                     _log.info("consumer %d is back", self._consumer)
                     pause = 0.0
                 self._wait()
@@ -162,14 +169,18 @@ class Listener:
             selector.register(self._read_end, selectors.EVENT_READ, self._drain)
             selector.register(self._queue.connection.fileno(), selectors.EVENT_READ, self._queue.connection.receive)
             while not self._stopping.is_set() and (remaining := self._again_at - time.monotonic()) > 0:
-                for key, _ in selector.select(remaining):
+                for key, _ in selector.select(min(remaining, max(0.0, self._turn_at - time.monotonic()))):
                     key.data()
+                self._turn()
 
     def _drain(self) -> None:
         with suppress(BlockingIOError):
             while len(self._read_end.recv(64)) == 64:
                 pass
-        if not self._stopping.is_set():
+
+    def _turn(self) -> None:
+        if self._turn_at <= time.monotonic() and not self._stopping.is_set():
+            self._turn_at = math.inf
             self._on_turn()
 
     def _keep(self) -> None:
@@ -177,6 +188,7 @@ class Listener:
             return
         self._on_turn()
         kept = self._queue.keep(self._consumer, self._grace)
+        self.kept_at = time.monotonic()
         self._again_at = time.monotonic() + kept.again_in
         if self._queue.connection.is_pooled:
             self._again_at = min(self._again_at, time.monotonic() + self._grace / 3)
@@ -187,6 +199,6 @@ class Listener:
                 self._grace,
             )
             self._attach()
-            self._on_return(True)
+            self._on_return()
         elif not kept.locked and not self._queue.connection.is_pooled:
             self._queue.attach(self._consumer, self._name, self._queues())

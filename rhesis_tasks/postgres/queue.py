@@ -35,6 +35,7 @@ class Late(NamedTuple):
 
     id: int
     token: int
+    is_there: bool = True  #: somebody else has it, or will
 
 
 class Exchange(NamedTuple):
@@ -232,9 +233,11 @@ class MessageQueue:
             f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s)",  # noqa: S608
             (consumer, ids, tokens, list(queues), slots, list(take_from), take_slots),
         )
-        late = [Late(id, token) for id, queue, token, *_ in rows if queue is None]
+        late = [Late(id, token, bool(is_there)) for id, queue, token, is_there, *_ in rows if queue is None]
         order = {queue: number for number, queue in enumerate((*take_from, *queues))}
-        messages = sorted((row for row in rows if row[1] is not None), key=lambda row: (order[row[1]], row[4]))
+        messages = sorted(
+            (row for row in rows if row[1] is not None), key=lambda row: (row[2] is not None, order[row[1]], row[4])
+        )
         return [
             Claimed(id, queue, token, deliveries, envelope, body)
             for id, queue, token, deliveries, _, envelope, body in messages
@@ -266,13 +269,21 @@ class MessageQueue:
         )
 
     def release_unknown(self, consumer: int, known: Sequence[int]) -> int:
-        """Give back what a consumer holds but for the known messages: claims whose answer was lost on the way."""
+        """Give back what a consumer holds but for the messages with these ids; returns how many."""
         return int(
             self.connection.query(
                 f"SELECT {quote_identifier(self.schema)}.release_held(%s, %s::bigint[], true)",
                 ([consumer], list(known)),
             )[0][0]
         )
+
+    def agree(self, consumer: int, tokens: Sequence[int]) -> set[int]:
+        """Give back what a consumer holds under other claims than these; returns those of them that it still holds."""
+        rows = self.connection.query(
+            f"SELECT * FROM {quote_identifier(self.schema)}.agree(%s, %s::bigint[])",  # noqa: S608
+            (consumer, list(tokens)),
+        )
+        return {token for (token,) in rows}
 
     def set_aside(self, id: int, token: int) -> None:
         """Put a claimed message that cannot be read where nobody claims it, for an operator to look at."""

@@ -223,6 +223,8 @@ class Transport(virtual.Transport):
         if _LONGEST_DRAIN is not None and not consumer.is_idle:
             timeout = _LONGEST_DRAIN if timeout is None else min(timeout, _LONGEST_DRAIN)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        if _worker_is_stopping():
+            raise TimeoutError
         while (delivery := consumer.next(max(0.0, min(_SLICE, deadline - time.monotonic())))) is None:
             if time.monotonic() >= deadline or _worker_is_stopping():
                 raise TimeoutError

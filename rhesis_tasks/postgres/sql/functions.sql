@@ -270,11 +270,11 @@ BEGIN
     IF cardinality(acked) > 0 THEN
         RETURN QUERY
         WITH gone AS (
-            DELETE FROM @schema@.message m USING unnest(acked, tokens) a (id, token)
-            WHERE m.id = a.id AND m.claim_token = a.token
-            RETURNING m.id)
-        SELECT a.id, NULL::text, a.token, 0, 0::bigint, NULL::text, NULL::bytea
-        FROM unnest(acked, tokens) a (id, token) WHERE a.id NOT IN (SELECT gone.id FROM gone);
+            DELETE FROM @schema@.message m WHERE m.id = ANY (acked) AND m.claim_token = ANY (tokens)
+            RETURNING m.claim_token)
+        SELECT a.id, NULL::text, a.token, (EXISTS (SELECT FROM @schema@.message m WHERE m.id = a.id))::integer, 0::bigint,
+               NULL::text, NULL::bytea
+        FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone);
     END IF;
     FOREACH from_queue IN ARRAY take_from LOOP
         EXIT WHEN take_slots <= 0;
@@ -315,10 +315,9 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.ack(acked bigint[], tokens bigint[]) RETURNS SETOF bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
     WITH gone AS (
-        DELETE FROM @schema@.message m USING unnest(acked, tokens) a (id, token)
-        WHERE m.id = a.id AND m.claim_token = a.token
-        RETURNING m.id)
-    SELECT a.id FROM unnest(acked) a (id) WHERE a.id NOT IN (SELECT gone.id FROM gone)
+        DELETE FROM @schema@.message m WHERE m.id = ANY (acked) AND m.claim_token = ANY (tokens)
+        RETURNING m.claim_token)
+    SELECT a.id FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone)
 $$;
 
 -- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered.  Returns how many.
@@ -331,7 +330,7 @@ BEGIN
     FOR from_queue IN
         UPDATE @schema@.message m
         SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
-        FROM unnest(ids, tokens) r (id, token) WHERE m.id = r.id AND m.claim_token = r.token
+        WHERE m.id = ANY (ids) AND m.claim_token = ANY (tokens)
         RETURNING m.queue
     LOOP
         released := released + 1;
@@ -370,6 +369,24 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WHERE id = its_id AND claim_token = its_token
 $$;
 
+-- Give back what a consumer holds under other claims than these, and return those of them that it still holds.
+CREATE OR REPLACE FUNCTION @schema@.agree(consumer_id integer, tokens bigint[]) RETURNS SETOF bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    from_queue text;
+BEGIN
+    FOR from_queue IN
+        UPDATE @schema@.message m
+        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - 1
+        WHERE m.holder = consumer_id AND m.claim_token <> ALL (tokens)
+        RETURNING m.queue
+    LOOP
+        PERFORM @schema@.wake(from_queue);
+    END LOOP;
+    RETURN QUERY SELECT m.claim_token FROM @schema@.message m WHERE m.holder = consumer_id;
+END
+$$;
+
 -- Wait to be notified of messages in these queues, and in no others.
 CREATE OR REPLACE FUNCTION @schema@.wait_for(consumer_id integer, queues text[]) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -406,7 +423,7 @@ DECLARE
     now_    timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO me FROM @schema@.consumer WHERE id = consumer_id;
-    known := FOUND;
+    known := FOUND AND me.name IS NOT NULL;
     IF me.absent_since IS NOT NULL THEN
         UPDATE @schema@.consumer SET absent_since = NULL WHERE id = consumer_id;
     END IF;

@@ -1386,6 +1386,7 @@ def test_an_idle_consumer_asks_the_server_a_few_times_in_a_minute(worker: StartW
     looks, life_signs = asked.pop("claim"), asked.pop("keep")
     assert looks <= 4 + seconds / poll_interval, "and three times more after it has asked to be notified"
     assert life_signs <= 2 + seconds / (grace / 2)
+    assert asked.pop("agree", 0) <= 1 + seconds / grace
     assert asked.pop("wait_for") == 1
     assert asked.pop("attach") == asked.pop("next_consumer") == asked.pop("channel_of") == 1
     assert asked.pop("subscribe") == 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from rhesis_tasks.postgres.connection import Connection
-from rhesis_tasks.postgres.queue import Late, MessageQueue
+from rhesis_tasks.postgres.queue import MessageQueue
 from rhesis_tasks.processes import wait_until
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import TenantDatabase, new_tenant_database
@@ -188,7 +188,7 @@ class Story(RuleBasedStateMachine):
             consumer.number, names, slots, take_from=takes, take_slots=take_slots, acks=self.chosen(acks)
         )
 
-        assert sorted(found_late) == sorted(Late(*claim) for claim in late)
+        assert sorted((each.id, each.token) for each in found_late) == sorted(late)
         assert [(each.queue, each.body, each.deliveries) for each in found] == [
             *((each.queue, each.body, each.deliveries + 1) for each in taken),
             *((each.queue, each.body, each.deliveries) for each in claimed),

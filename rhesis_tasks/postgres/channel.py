@@ -31,7 +31,7 @@ class Message(virtual.Message):
     def __init__(self, payload: dict[str, Any], channel: Channel, claimed: Claimed) -> None:
         super().__init__(payload, channel=channel)
         self.claimed = claimed
-        self.is_unreadable = False
+        self.is_unreadable = bool(self.errors)  # it could not be decompressed
 
     def _decode(self) -> Any:
         try:
@@ -139,7 +139,7 @@ class Channel(virtual.Channel):
     ) -> None:
         """Make an exchange; with ``passive`` only look whether it is there."""
         type = type or "direct"
-        exchange = exchange or f"amq.{type}"
+        exchange = _named(exchange or f"amq.{type}", "exchange", "exchange_declare")
         if passive:
             if not self._queue.exchange_exists(exchange):
                 raise not_found("exchange", exchange, "exchange_declare")
@@ -178,7 +178,7 @@ class Channel(virtual.Channel):
 
         (Counting costs time where millions wait, so that other declarations answer 0.)
         """
-        queue = queue or f"amq.gen-{uuid()}"
+        queue = _named(queue or f"amq.gen-{uuid()}", "queue", "queue_declare")
         if passive:
             if not self._queue.queue_exists(queue):
                 raise not_found("queue", queue, "queue_declare")
@@ -248,6 +248,8 @@ class Channel(virtual.Channel):
             "headers": headers,
             "properties": properties,
         }
+        for name, kind in ((exchange, "exchange"), (routing_key, "routing key")):
+            _named(name or "", kind, "basic_publish")
         expiration = properties.get("expiration")
         routed = self._queue.publish(
             exchange or "",
@@ -291,8 +293,10 @@ class Channel(virtual.Channel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **_: Any) -> Message | None:
         """One message, if there is one."""
-        delivery = self.connection.consumer.get(queue, self, no_ack)
-        return None if delivery is None else self.received(delivery)
+        while (delivery := self.connection.consumer.get(queue, self, no_ack)) is not None:
+            if (message := self.received(delivery)) is not None:
+                return message
+        return None
 
     def received(self, delivery: Delivery) -> Message | None:
         """The message of a delivery, counted as delivered; None if it cannot be read and was set aside."""
@@ -350,6 +354,22 @@ def _text(value: Any) -> str | None:
     if not isinstance(value, str) or "\0" in value:
         return None
     return value.encode("utf-8", "replace").decode()
+
+
+def _named(name: str, kind: str, method: str) -> str:
+    """The name, if it can be one: AMQP's are of at most 255 characters, and PostgreSQL stores no NUL.
+
+    Raises:
+        ChannelError: it cannot.
+    """
+    if len(name) > 255 or "\0" in name:
+        raise ChannelError(
+            f"PRECONDITION_FAILED - {name!r:.60} cannot name a {kind}: at most 255 characters, none of them NUL",
+            (50, 10),
+            f"Channel.{method}",
+            406,
+        )
+    return name
 
 
 def not_found(kind: str, name: str, method: str) -> ChannelError:

@@ -327,7 +327,8 @@ def _url_and_schema(client: Any) -> tuple[URL, str | None]:
     """The database that a kombu connection names, and the schema if its URL says one."""
     given = client.hostname or ""
     if "://" in given:
-        url = database_url(given)
+        # kombu has taken a driver's name off: "postgresql+asyncpg://" is a prefix and "asyncpg://".
+        url = database_url(f"{client.uri_prefix}+{given}" if client.uri_prefix else given)
     else:  # one of several broker URLs, which kombu takes apart
         url = URL.create(
             "postgresql+psycopg",

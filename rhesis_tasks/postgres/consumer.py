@@ -473,3 +473,5 @@ class Consumer:
                     self.flush()
                 except DatabaseUnavailableError as error:
                     _log.warning("consumer %d will acknowledge later: %s", self.number, error)
+                else:
+                    self.look_now()  # there is room for more

@@ -16,6 +16,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
+from ..errors import DatabaseUnavailableError
 from ..headers import find
 from .consumer import Delivery, Subscription
 from .queue import Claimed, MessageQueue
@@ -78,12 +79,12 @@ class QoS(virtual.QoS):
         if message is None:
             return
         if requeue:
-            self.channel.connection.consumer.release([message.claimed])
+            self.channel.transport.consumer.release([message.claimed])
         else:
             self._done(message)
 
     def _done(self, message: Message) -> None:
-        consumer = self.channel.connection.consumer
+        consumer = self.channel.transport.consumer
         if message.is_unreadable:
             _log.error(
                 "message %d of queue %r cannot be read and was set aside: %.200r",
@@ -107,7 +108,7 @@ class QoS(virtual.QoS):
     def _release(self, uncounted: bool) -> None:
         messages, self._delivered = list(self._delivered.values()), {}
         if messages:
-            self.channel.connection.consumer.release([message.claimed for message in messages], uncounted=uncounted)
+            self.channel.transport.consumer.release([message.claimed for message in messages], uncounted=uncounted)
 
 
 class Channel(virtual.Channel):
@@ -122,8 +123,19 @@ class Channel(virtual.Channel):
 
     @property
     def _queue(self) -> MessageQueue:
-        queue: MessageQueue = self.connection.queue
+        queue: MessageQueue = self.transport.queue
         return queue
+
+    @property
+    def transport(self) -> Any:
+        """The transport, while the channel is open.
+
+        Raises:
+            DatabaseUnavailableError: it is not, so that whoever can makes a new one.
+        """
+        if self.connection is None:
+            raise DatabaseUnavailableError("this channel is closed: its connection was lost, or was closed")
+        return self.connection
 
     # --- exchanges -------------------------------------------------------------------------------------------
 
@@ -183,7 +195,7 @@ class Channel(virtual.Channel):
             if not self._queue.queue_exists(queue):
                 raise not_found("queue", queue, "queue_declare")
             return queue_declare_ok_t(queue, self._queue.size(queue), 0)
-        self.connection.declare_queue(queue, durable, auto_delete, dict(arguments or {}))
+        self.transport.declare_queue(queue, durable, auto_delete, dict(arguments or {}))
         return queue_declare_ok_t(queue, 0, 0)
 
     def prepare_queue_arguments(self, arguments: Any, **kwargs: Any) -> Any:
@@ -199,7 +211,18 @@ class Channel(virtual.Channel):
         **_: Any,
     ) -> None:
         """Let an exchange route to a queue."""
-        self.connection.bind(queue, exchange or "amq.direct", routing_key or "", self._pattern(routing_key or ""))
+        exchange, routing_key = exchange or "amq.direct", routing_key or ""
+        try:
+            self.transport.bind(queue, exchange, routing_key, self._pattern(routing_key))
+        except Exception as error:
+            if getattr(error, "sqlstate", None) != "2201B":  # invalid_regular_expression
+                raise
+            raise ChannelError(
+                f"PRECONDITION_FAILED - {routing_key!r} is no pattern of a topic: {error}",
+                (50, 20),
+                "Channel.queue_bind",
+                406,
+            ) from error
 
     def _pattern(self, routing_key: str) -> str:
         pattern: str = self.exchange_types["topic"].key_to_pattern(routing_key)
@@ -209,7 +232,7 @@ class Channel(virtual.Channel):
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any
     ) -> None:
         """Let an exchange route to a queue no more."""
-        self.connection.unbind(queue, exchange or "amq.direct", routing_key or "")
+        self.transport.unbind(queue, exchange or "amq.direct", routing_key or "")
 
     def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any) -> int | None:
         """Delete a queue with its messages and bindings."""
@@ -279,7 +302,7 @@ class Channel(virtual.Channel):
         """Consume from a queue: ``callback`` gets its messages, inside of drain_events."""
         self._tag_to_queue[consumer_tag] = queue
         self._consumers.add(consumer_tag)
-        self.connection.consume(Subscription(self._own(consumer_tag), queue, self, no_ack), callback)
+        self.transport.consume(Subscription(self._own(consumer_tag), queue, self, no_ack), callback)
 
     def basic_cancel(self, consumer_tag: str) -> None:
         """Consume no more; messages that were delivered stay to be acknowledged."""
@@ -293,7 +316,7 @@ class Channel(virtual.Channel):
 
     def basic_get(self, queue: str, no_ack: bool = False, **_: Any) -> Message | None:
         """One message, if there is one."""
-        while (delivery := self.connection.consumer.get(queue, self, no_ack)) is not None:
+        while (delivery := self.transport.consumer.get(queue, self, no_ack)) is not None:
             if (message := self.received(delivery)) is not None:
                 return message
         return None
@@ -306,7 +329,7 @@ class Channel(virtual.Channel):
             message = Message(payload, self, claimed)
         except Exception as error:
             _log.error("message %d of queue %r cannot be read and was set aside: %r", claimed.id, claimed.queue, error)
-            self.connection.consumer.set_aside(claimed)
+            self.transport.consumer.set_aside(claimed)
             return None
         if not delivery.subscription.no_ack:
             self.qos.append(message, message.delivery_tag)
@@ -315,7 +338,7 @@ class Channel(virtual.Channel):
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:
         """Limit the unacknowledged messages of this channel; 0 is no limit."""
         super().basic_qos(prefetch_size, prefetch_count, apply_global)
-        self.connection.look_now()
+        self.transport.look_now()
 
     def basic_ack(self, delivery_tag: Any, multiple: bool = False) -> None:
         """A message was done; it is deleted within moments."""

@@ -6,7 +6,6 @@ Knows nothing of queues.  All that the broker asks of the database goes through 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 import weakref
@@ -22,9 +21,7 @@ from ..settings import redacted, require_psycopg
 if TYPE_CHECKING:
     import psycopg
 
-__all__ = ["Connection"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["Connection", "read_only"]
 
 # Notice a peer that is gone without a word in seconds, not in hours.  (Ignored on unix sockets.)
 _KEEPALIVES: Final = {
@@ -53,8 +50,7 @@ class Connection:
         self.is_pooled = False  #: whether a pooler such as PgBouncer stands between; known once it is open
         self._parameters = _parameters(url, name, connect_timeout)
         self._raw: psycopg.Connection[Any] | None = None
-        self._pid = os.getpid()
-        self._opening = threading.Lock()
+        self._opening = threading.RLock()
         self._asking: set[int] = set()  # threads in the middle of a statement
         self._on_notification: Callable[[str], None] | None = None
         _all.add(self)
@@ -88,27 +84,20 @@ class Connection:
                 if forks == _forks:
                     break
                 raw.close()  # a child that was forked meanwhile has the socket, too, and does not know
-            pid, read_only = raw.execute(
+            pid, is_read_only = raw.execute(
                 "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
             ).fetchone() or (None, None)
         except psycopg.Error as error:
             raise self._unavailable(f"cannot connect to {redacted(self.url)}: {_first_lines(error)}") from None
-        if read_only:
+        if is_read_only:
             raw.close()
-            raise self._unavailable(
-                f"{redacted(self.url)} is read-only: a standby, or a server that recovers.  Connect to the primary; "
-                "several hosts may be given: ?host=h1,h2&port=5432,5432"
-            )
+            raise self._unavailable(read_only(self.url))
         self.is_pooled = pid != raw.info.backend_pid
         if self.is_pooled:
             raw.prepare_threshold = None  # the next transaction may be on another server connection
         if (call := self._on_notification) is not None:
             raw.add_notify_handler(lambda notification: call(notification.payload))  # received during a query
         return raw
-
-    @property
-    def is_open(self) -> bool:
-        return self._raw is not None and not self._raw.closed
 
     def on_notification(self, call: Callable[[str], None]) -> None:
         """Call a function with the payload of each notification; to be said before it is opened."""
@@ -147,7 +136,7 @@ class Connection:
         except psycopg.Error as error:
             if error.sqlstate == "25006":  # it has become a standby
                 self.close()
-                raise self._unavailable(f"{redacted(self.url)} is read-only now: {_first_lines(error)}") from error
+                raise self._unavailable(read_only(self.url)) from error
             if error.sqlstate == "42501":
                 raise MissingPrivilegeError(
                     f"the login {self.url.username!r} may not do this: {_first_lines(error)}.  Let the owner of the "
@@ -195,7 +184,7 @@ class Connection:
     def _forget(self) -> None:
         """In a forked child: the connection is the parent's."""
         self._raw = None
-        self._opening = threading.Lock()
+        self._opening = threading.RLock()
         self._asking = set()
 
 
@@ -217,6 +206,14 @@ def _parameters(url: URL, name: str, connect_timeout: float | None) -> dict[str,
 
 def _first_lines(error: BaseException) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip()) or type(error).__name__
+
+
+def read_only(url: URL) -> str:
+    """What to say of a server, or a login, that may not write."""
+    return (
+        f"{redacted(url)} is read-only: a standby, a server that recovers, or default_transaction_read_only.  Connect "
+        "to the primary; several hosts may be given: ?host=h1,h2&port=5432,5432"
+    )
 
 
 # --- forks -----------------------------------------------------------------------------------------------------

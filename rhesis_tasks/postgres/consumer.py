@@ -33,9 +33,10 @@ BATCH: Final = 100
 # events, are committed without a flush, so that once is enough.)
 _LOOKS: Final = (0.0, 0.02, 0.2)
 _LOOKS_FOR_TAKING: Final = (0.0,)
-# When nobody has come for messages for so long (a worker that shuts down does not), the listener acknowledges.
+# If nobody comes for messages (the worker is busy itself, or shuts down), the listener acknowledges after so long.
 _UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
+_FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 
 
@@ -109,11 +110,11 @@ class Consumer:
         self._next_look = 0.0
         self._called = False  # somebody wants us to look before that
         self._call = threading.Event()  # there is something to do
-        self._talking = threading.Lock()  # held while acknowledgements are under way
+        # Held while acknowledgements are under way.  Reentrant: Celery may shut down inside of a signal handler.
+        self._talking = threading.RLock()
         self._draining = False
-        self._looked_at = 0.0
         self._generation = 0  # of the connection that the server's answers came on
-        self._outage: tuple[float, float] | None = None  # (when it began, seconds until the next attempt)
+        self._outage: float | None = None  # the server cannot be reached: seconds until the attempt after the next
         self._reaped = False
         self._agreed_at = time.monotonic()
         self.number = queue.new_consumer()
@@ -210,12 +211,11 @@ class Consumer:
         Raises:
             DatabaseUnavailableError: the server cannot be reached.
         """
-        messages, _ = self._queue.claim(
-            self.number, [] if no_ack else [queue], 1, take_from=[queue] if no_ack else [], take_slots=1
-        )
-        if not messages:
-            return None
-        return self._hand_out(Delivery(Subscription("", queue, group, no_ack), messages[0]))
+        subscription = Subscription("", queue, group, no_ack)
+        with self._talking:
+            self._resume()
+            messages = self._exchange([] if no_ack else [queue], 1, take_from=[queue] if no_ack else [], take_slots=1)
+        return self._hand_out(Delivery(subscription, messages[0])) if messages else None
 
     def _hand_out(self, delivery: Delivery) -> Delivery:
         if delivery.message.token is not None:
@@ -269,11 +269,14 @@ class Consumer:
         self._subscriptions.clear()
         self._buffer.clear()
         self._listener.stop()  # first, or it would find us gone and attach us again
-        try:
-            self.flush()
-            self._queue.detach(self.number)
-        except DatabaseUnavailableError as error:
-            _log.warning("consumer %d could not say goodbye: %s", self.number, error)
+        for last in (False, True):  # the connection may be lost, and the server there
+            try:
+                self.flush()
+                self._queue.detach(self.number)
+                break
+            except DatabaseUnavailableError as error:
+                if last:
+                    _log.warning("consumer %d could not say goodbye: %s", self.number, error)
         self._held.clear()
 
     def flush(self) -> None:
@@ -289,7 +292,7 @@ class Consumer:
                 except BaseException:
                     self._keep_for_later(acks)
                     raise
-                self._tell_late(Late(id, 0, is_there=False) for id in late)
+                self._tell_late(late)
 
     # --- looking ---------------------------------------------------------------------------------------------
 
@@ -299,12 +302,11 @@ class Consumer:
         try:
             self._claim()
         except DatabaseUnavailableError as error:
-            now = time.monotonic()
-            began, pause = self._outage or (now, 0.05)
             if self._outage is None:
                 _log.warning("consumer %d cannot reach the server, trying again: %s", self.number, error)
-            self._outage = began, min(pause * 2, _LONGEST_PAUSE)
-            self._next_look = now + pause
+            pause = self._outage or _FIRST_PAUSE
+            self._outage = min(pause * 2, _LONGEST_PAUSE)
+            self._next_look = time.monotonic() + pause
         else:
             if self._outage is not None:
                 _log.info("consumer %d reaches the server again", self.number)
@@ -312,7 +314,6 @@ class Consumer:
 
     def _claim(self) -> None:
         with self._talking:
-            self._looked_at = time.monotonic()
             self._resume()
             takes = [each for each in self._subscriptions.values() if each.no_ack]
             groups = self._groups()
@@ -326,23 +327,25 @@ class Consumer:
 
     def _claim_for(self, group: list[Subscription], slots: int, takes: list[Subscription]) -> int:
         """Acknowledge and claim for subscriptions that share a limit; returns how many were claimed."""
+        messages = self._exchange(
+            [each.queue for each in group], slots, take_from=[each.queue for each in takes], take_slots=BATCH
+        )
+        by_queue = {(each.queue, each.no_ack): each for each in (*group, *takes)}
+        self._buffer.extend(Delivery(by_queue[each.queue, each.token is None], each) for each in messages)
+        return sum(each.token is not None for each in messages)
+
+    def _exchange(self, claim_from: list[str], slots: int, *, take_from: list[str], take_slots: int) -> list[Claimed]:
+        """Acknowledge what was done for what waits."""
         acks = self._taken_acks()
         try:
             messages, late = self._queue.claim(
-                self.number,
-                [each.queue for each in group],
-                slots,
-                take_from=[each.queue for each in takes],
-                take_slots=BATCH,
-                acks=acks,
+                self.number, claim_from, slots, take_from=take_from, take_slots=take_slots, acks=acks
             )
         except BaseException:
             self._keep_for_later(acks)
             raise
         self._tell_late(late)
-        by_queue = {(each.queue, each.no_ack): each for each in (*group, *takes)}
-        self._buffer.extend(Delivery(by_queue[each.queue, each.token is None], each) for each in messages)
-        return sum(each.token is not None for each in messages)
+        return messages
 
     def _groups(self) -> list[tuple[list[Subscription], int]]:
         """The subscriptions that share a limit and may hold more messages, and how many more."""

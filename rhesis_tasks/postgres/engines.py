@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, create_engine
 
 from ..settings import database_url, require_psycopg
 
 __all__ = ["forget_pool_after_fork", "new_engine", "shared_engine"]
+
+CONNECT_TIMEOUT: Final = 5
+"""Seconds within which a connection of the library's own must be made, unless the URL says otherwise."""
 
 
 def new_engine(url: Any, **options: Any) -> Engine:
@@ -30,7 +33,9 @@ def new_engine(url: Any, **options: Any) -> Engine:
 @functools.cache
 def shared_engine(url: str) -> Engine:
     """The library's own engine for a URL, one in the process: Celery makes a result backend for each thread."""
-    return new_engine(url)
+    # A server that accepts and then says nothing would keep a launch waiting for ever.
+    timeout = {} if "connect_timeout" in database_url(url).query else {"connect_timeout": CONNECT_TIMEOUT}
+    return new_engine(url, connect_args=timeout)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -90,7 +90,7 @@ class Listener:
     def stop(self) -> None:
         """Let the thread end, and close the connection, which frees the lock."""
         self._stopping.set()
-        self.poke()
+        self._wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         with suppress(Exception):
@@ -100,10 +100,13 @@ class Listener:
 
     def poke(self, delay: float = 0.0) -> None:
         """Let the thread call on_turn soon, or within so many seconds."""
-        if self._turn_at < math.inf:
-            return  # it will
-        self._turn_at = time.monotonic() + delay
-        with suppress(OSError):  # full: it has been poked already; closed: it is stopping
+        at = time.monotonic() + delay
+        if at < self._turn_at:
+            self._turn_at = at
+            self._wake()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # full: it was woken already; closed: it has stopped
             self._write_end.send(b"!")
 
     def _attach(self) -> None:

@@ -35,7 +35,7 @@ class Late(NamedTuple):
 
     id: int
     token: int
-    is_there: bool = True  #: somebody else has it, or will
+    is_there: bool  #: somebody else has it, or will
 
 
 class Exchange(NamedTuple):
@@ -243,16 +243,14 @@ class MessageQueue:
             for id, queue, token, deliveries, _, envelope, body in messages
         ], late
 
-    def ack(self, acks: Sequence[tuple[int, int]]) -> list[int]:
-        """Acknowledge messages; returns the ids of those whose claim was no longer theirs."""
+    def ack(self, acks: Sequence[tuple[int, int]]) -> list[Late]:
+        """Acknowledge messages; returns those whose claim was no longer theirs."""
         ids, tokens = [id for id, _ in acks], [token for _, token in acks]
-        return [
-            id
-            for (id,) in self.connection.query(
-                f"SELECT * FROM {quote_identifier(self.schema)}.ack(%s::bigint[], %s::bigint[])",  # noqa: S608
-                (ids, tokens),
-            )
-        ]
+        rows = self.connection.query(
+            f"SELECT * FROM {quote_identifier(self.schema)}.ack(%s::bigint[], %s::bigint[])",  # noqa: S608
+            (ids, tokens),
+        )
+        return [Late(*row) for row in rows]
 
     def release(self, claims: Sequence[tuple[int, int]], *, uncounted: bool = False) -> int:
         """Give claimed messages back to the place they had; returns how many were still claimed.
@@ -265,15 +263,6 @@ class MessageQueue:
             self.connection.query(
                 f"SELECT {quote_identifier(self.schema)}.release(%s::bigint[], %s::bigint[], %s)",
                 ([id for id, _ in claims], [token for _, token in claims], uncounted),
-            )[0][0]
-        )
-
-    def release_unknown(self, consumer: int, known: Sequence[int]) -> int:
-        """Give back what a consumer holds but for the messages with these ids; returns how many."""
-        return int(
-            self.connection.query(
-                f"SELECT {quote_identifier(self.schema)}.release_held(%s, %s::bigint[], true)",
-                ([consumer], list(known)),
             )[0][0]
         )
 

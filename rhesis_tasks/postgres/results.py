@@ -25,6 +25,7 @@ from ..errors import DatabaseUnavailableError, HeaderError, MissingTenantError
 from ..headers import carried_by, decode
 from ..settings import database_url, quote_identifier, redacted, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
+from .connection import read_only
 from .engines import shared_engine
 from .schema import RECORDS_SETTING, ensure_schema
 
@@ -123,12 +124,19 @@ class PostgresBackend(DatabaseBackend):
             self._connected(engine).close()  # so that an unreachable server is an error of ours here, too
             ensure_schema(engine, self.schema)
             _ready.add((self.url, self.schema))
-        with self._connected(engine) as connection, connection.begin():
-            connection.execute(
-                text(f"SELECT set_config('{RECORDS_SETTING}', :organization_id, true)"),
-                {"organization_id": organization_id},
-            )
-            yield connection
+        with self._connected(engine) as connection:
+            try:
+                with connection.begin():
+                    connection.execute(
+                        text(f"SELECT set_config('{RECORDS_SETTING}', :organization_id, true)"),
+                        {"organization_id": organization_id},
+                    )
+                    yield connection
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != "25006":
+                    raise
+                connection.invalidate()  # the next one may lead to the primary
+                raise DatabaseUnavailableError(read_only(engine.url), url=redacted(engine.url)) from None
 
     def _decode_stored_result(self, payload: bytes | None) -> Any:
         """As Celery's, but without its way back to pickle: who can write a row shall not run code here."""

@@ -154,7 +154,7 @@ def ensure_schema(engine: Engine, schema: str) -> None:
         raise MissingPrivilegeError(
             f"this login may not create or use the tables in schema {schema!r}.  Let their owner run "
             "`rhesis-tasks schema create --role THIS_LOGIN` (or create_schema(engine, roles=[...])) first"
-        ) from error
+        ) from None  # its text is the whole script
     require_version(status)
 
 

@@ -107,9 +107,13 @@ class Transport(virtual.Transport):
             DatabaseUnavailableError: the server cannot be reached; kombu tries again.
             MissingPrivilegeError, SchemaError: trying again would not help.
         """
-        self.queue.connection.open()
-        self._ensure_schema()
-        return super().establish_connection()
+        try:
+            self.queue.connection.open()
+            self._ensure_schema()
+            return super().establish_connection()
+        except BaseException:
+            self.queue.connection.close()
+            raise
 
     def _ensure_schema(self) -> None:
         where = (self._url, self._schema)

@@ -175,7 +175,7 @@ def refused_to_web(queue: MessageQueue) -> dict[str, Callable[[], object]]:
         "take": lambda: queue.claim(1, [], 0, take_from=["orders"], take_slots=1),
         "ack": lambda: queue.ack([(1, 1)]),
         "release": lambda: queue.release([(1, 1)]),
-        "release_unknown": lambda: queue.release_unknown(1, []),
+        "agree": lambda: queue.agree(1, []),
         "set_aside": lambda: queue.set_aside(1, 1),
         "purge": lambda: queue.purge("orders"),
         "delete_queue": lambda: queue.delete_queue("orders"),
@@ -448,7 +448,7 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
         run(f"SELECT rhesis_tasks.claim(999, '{{{second[0]}}}', '{{{second[1]}}}', '{{trapped}}', 1, '{{}}', 0)")
         run("SELECT rhesis_tasks.ack('{1}', '{1}')")
         run("SELECT rhesis_tasks.set_aside(1, 1)")
-        run("SELECT rhesis_tasks.release_held('{999}')")
+        run("SELECT rhesis_tasks.release_held('{999}', false)")
         run("SELECT * FROM rhesis_tasks.keep(999, 10)")
         run("SELECT * FROM rhesis_tasks.keep(999, 0)")
         run("SELECT rhesis_tasks.expire_records('infinity')")

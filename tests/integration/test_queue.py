@@ -518,7 +518,7 @@ def test_a_queue_is_deleted_with_its_messages_and_bindings_unless_it_is_used_or_
     assert queue.delete_queue("a") == 3
     assert not queue.queue_exists("a")
     assert queue.bindings() == []
-    assert queue.ack(claims(held)) == [held[0].id], "too late"
+    assert queue.ack(claims(held)) == [Late(held[0].id, held[0].token, False)], "too late"
 
 
 # --- claiming ----------------------------------------------------------------------------------------------------
@@ -579,14 +579,14 @@ def test_two_who_acknowledge_one_claim_at_once_are_not_both_in_time(queue: Messa
     acks = claims(claimed(queue, "a", slots=200))
     start = threading.Barrier(2, timeout=DEADLINE)
 
-    def ack(each: MessageQueue) -> list[int]:
+    def ack(each: MessageQueue) -> list[Late]:
         start.wait()
         return each.ack(acks)
 
     with ThreadPoolExecutor(2) as pool:
-        late = [id for ids in pool.map(ack, [connect(), connect()], timeout=DEADLINE) for id in ids]
+        late = [each for some in pool.map(ack, [connect(), connect()], timeout=DEADLINE) for each in some]
 
-    assert sorted(late) == sorted(id for id, _ in acks)
+    assert sorted((each.id, each.token) for each in late) == sorted(acks)
 
 
 @pytest.mark.parametrize("what", ["claim", "ack", "release", "set_aside"])
@@ -606,11 +606,11 @@ def test_who_has_lost_a_message_to_another_cannot_do_anything_with_it(queue: Mes
     }[what]()
 
     assert sql("SELECT * FROM rhesis_tasks.message ORDER BY id") == before
-    late = [id for id, _ in lost]
+    late = [Late(*each, True) for each in lost]
     assert (
         told
         == {
-            "claim": ([], [Late(*each) for each in lost]),
+            "claim": ([], late),
             "ack": late,
             "release": 0,
             "set_aside": [None, None],
@@ -632,7 +632,7 @@ def test_of_two_claims_of_one_message_the_lost_one_is_told(queue: MessageQueue, 
         late = queue.ack([*lost, *held])
 
     assert by_queue(sql) == []
-    assert late == ([Late(*lost[0])] if what == "claim" else [lost[0][0]])
+    assert [(each.id, each.token) for each in late] == lost
 
 
 def test_slots_are_filled_from_the_first_queue_on(queue: MessageQueue) -> None:
@@ -771,7 +771,7 @@ def test_who_gives_a_message_back_wakes_somebody_for_it(queue: MessageQueue, ear
     told = []
     for give_back in (
         lambda: queue.release([first]),
-        lambda: queue.release_unknown(consumer, [third[0]]),
+        lambda: queue.agree(consumer, [third[1]]),
         lambda: queue.detach(consumer),
     ):
         waiter.waits_for("a")
@@ -867,7 +867,7 @@ def test_who_gives_no_life_sign_is_dead_after_the_grace_period_and_not_before(
     wait_until("the consumer to be taken for dead", is_reaped, DEADLINE, interval=0.001)
     again = claimed(queue, "a")
     assert [(each.id, each.deliveries) for each in again] == [(each.id, 2) for each in messages]
-    assert queue.ack(claims(messages)) == [each.id for each in messages], "too late"
+    assert queue.ack(claims(messages)) == [Late(*each, True) for each in claims(messages)], "too late"
 
 
 def test_who_is_dead_is_dead_no_sooner_than_it_was_first_missed(
@@ -1507,7 +1507,7 @@ def test_an_acknowledgement_under_way_is_not_forgotten_when_the_connection_is_ma
             go_on.wait(0.5)
 
     one.work.before = linger
-    one.work.after = lambda name: go_on.set() if name == "release_held" else None
+    one.work.after = lambda name: go_on.set() if name == "agree" else None
     one.ack(delivery)
     assert under_way.wait(DEADLINE), "the listener sends it, since nobody asks for more"
     one.work.close()
@@ -1590,7 +1590,7 @@ OPERATIONS: dict[str, str] = {
     "claim 32 and acknowledge 32": "SELECT * FROM rhesis_tasks.claim(1, %(ids)s, %(tokens)s, '{a}', 32, '{}', 0)",
     "acknowledge 32": "SELECT * FROM rhesis_tasks.ack(%(ids)s, %(tokens)s)",
     "release 32": "SELECT rhesis_tasks.release(%(ids)s, %(tokens)s, false)",
-    "release what a consumer holds": "SELECT rhesis_tasks.release_held('{1}')",
+    "release what a consumer holds": "SELECT rhesis_tasks.release_held('{1}', false)",
     "take 32": "SELECT * FROM rhesis_tasks.claim(1, '{}', '{}', '{}', 0, '{a}', 32)",
     "publish": "SELECT rhesis_tasks.publish('', 'a', '{}', 'body')",
     "keep": "SELECT * FROM rhesis_tasks.keep(1, 3600)",
@@ -1610,7 +1610,7 @@ def cost(queue: MessageQueue, operation: str) -> int:
         f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {OPERATIONS[operation]}", parameters
     )
     plan = (json.loads(explained) if isinstance(explained, str) else explained)[0]["Plan"]
-    queue.connection.query("SELECT rhesis_tasks.release_held('{1}')")
+    queue.connection.query("SELECT rhesis_tasks.release_held('{1}', false)")
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 

@@ -146,6 +146,8 @@ BEGIN
                WHERE exchange = from_exchange AND routing_key = with_key AND queue = to_queue) THEN
         RETURN true;
     END IF;
+    -- An invalid pattern is an error here, not of whoever publishes.
+    PERFORM '' ~ its_pattern FROM @schema@.exchange e WHERE e.name = from_exchange AND e.type = 'topic';
     INSERT INTO @schema@.binding (exchange, routing_key, queue, pattern)
     SELECT e.name, with_key, q.name, its_pattern
     FROM @schema@.exchange e, @schema@.queue q WHERE e.name = from_exchange AND q.name = to_queue
@@ -311,13 +313,15 @@ BEGIN
 END
 $$;
 
--- Acknowledge what was done; returns the messages whose claim was no longer theirs.
-CREATE OR REPLACE FUNCTION @schema@.ack(acked bigint[], tokens bigint[]) RETURNS SETOF bigint
+-- Acknowledge what was done; returns the claims that were no longer the messages', and whether these are still there.
+CREATE OR REPLACE FUNCTION @schema@.ack(acked bigint[], tokens bigint[])
+RETURNS TABLE (id bigint, token bigint, is_there boolean)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
     WITH gone AS (
         DELETE FROM @schema@.message m WHERE m.id = ANY (acked) AND m.claim_token = ANY (tokens)
         RETURNING m.claim_token)
-    SELECT a.id FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone)
+    SELECT a.id, a.token, EXISTS (SELECT FROM @schema@.message m WHERE m.id = a.id)
+    FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone)
 $$;
 
 -- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered.  Returns how many.
@@ -340,10 +344,8 @@ BEGIN
 END
 $$;
 
--- Give back what consumers hold, but for the messages in kept.  Index: message_held.
-CREATE OR REPLACE FUNCTION @schema@.release_held(
-    consumer_ids integer[], kept bigint[] DEFAULT '{}', uncounted boolean DEFAULT false
-) RETURNS integer
+-- Give back what consumers hold.  Index: message_held.
+CREATE OR REPLACE FUNCTION @schema@.release_held(consumer_ids integer[], uncounted boolean) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
@@ -352,7 +354,7 @@ BEGIN
     FOR from_queue IN
         UPDATE @schema@.message m
         SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
-        WHERE m.holder = ANY (consumer_ids) AND m.id <> ALL (kept)
+        WHERE m.holder = ANY (consumer_ids)
         RETURNING m.queue
     LOOP
         released := released + 1;
@@ -397,7 +399,7 @@ $$;
 -- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
 CREATE OR REPLACE FUNCTION @schema@.detach(consumer_id integer) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT @schema@.release_held(ARRAY[consumer_id], '{}', true);
+    SELECT @schema@.release_held(ARRAY[consumer_id], true);
     SELECT @schema@.unsubscribe(ARRAY[consumer_id]);
     DELETE FROM @schema@.consumer WHERE id = consumer_id
 $$;
@@ -454,12 +456,13 @@ BEGIN
     SELECT array_agg(id) INTO dead FROM @schema@.consumer
     WHERE absent_since <= now_ - make_interval(secs => grace);
     IF dead IS NOT NULL THEN
-        PERFORM @schema@.release_held(dead);
+        PERFORM @schema@.release_held(dead, false);
         PERFORM @schema@.unsubscribe(dead);
         DELETE FROM @schema@.consumer WHERE id = ANY (dead);
     END IF;
 
-    DELETE FROM @schema@.message WHERE expires_at <= now_ AND claim_token IS NULL;
+    DELETE FROM @schema@.message
+    WHERE expires_at <= now_ AND claim_token IS NULL AND due_at IS DISTINCT FROM 'infinity';  -- not what was set aside
     PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
     WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
       AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);

@@ -83,7 +83,11 @@ class Listener:
             DatabaseUnavailableError: the server cannot be reached now.
             MissingPrivilegeError: the login may not consume.
         """
-        self._attach()
+        try:
+            self._attach()
+        except BaseException:
+            self.stop()
+            raise
         self.kept_at = time.monotonic()
         self._thread.start()
 

@@ -13,9 +13,9 @@ from celery.app.defaults import SETTING_KEYS
 from . import logs, propagation
 from .errors import ConfigurationError, NotSupportedError
 from .sessions import TenantSessions, sessions_of, use_sessions
+from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
-from .settings import result_backend_url, schema_name
 from .task import ContextTask
 
 if TYPE_CHECKING:
@@ -153,6 +153,9 @@ def _apply_settings(
     broker = wanted.broker_url or wanted.database_url
     results = wanted.result_backend or wanted.database_url
     defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema}
+    if wanted.schema != DEFAULT_SCHEMA:
+        # For a broker URL that is not given here (-b, CELERY_BROKER_URL, the application's own).
+        defaults["broker_transport_options"] = {"default_schema": wanted.schema}
     if broker is not None:
         defaults["broker_url"] = broker_form(broker, wanted.schema)
     if results is not None:

@@ -99,7 +99,13 @@ def redacted(url: str | URL) -> str:
 
 
 def broker_url(url: str, schema: str = DEFAULT_SCHEMA) -> str:
-    """A broker URL as kombu wants it, which names the schema; what is not PostgreSQL is returned as it is."""
+    """A broker URL as kombu wants it, which names the schema; what is not PostgreSQL is returned as it is.
+
+    Several URLs, one of which is used, are separated by ``;``.
+    """
+    several = re.split(r";(?=[a-z][a-z0-9+.]*://)", url.strip())  # and not one inside of a password
+    if len(several) > 1:
+        return ";".join(broker_url(each, schema) for each in several)
     if not is_postgresql(url):
         return url
     require_psycopg()

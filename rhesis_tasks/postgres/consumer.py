@@ -150,7 +150,7 @@ class Consumer:
     def cancel(self, tag: str) -> None:
         """Consume no more; what was claimed ahead is given back, what was handed out stays held."""
         subscription = self._subscriptions.pop(tag, None)
-        if subscription is None or os.getpid() != self._pid:
+        if subscription is None or self.is_foreign:
             return
         returned = [delivery for delivery in self._buffer if delivery.subscription is subscription]
         self._buffer = deque(delivery for delivery in self._buffer if delivery.subscription is not subscription)
@@ -164,6 +164,11 @@ class Consumer:
 
     def _queues(self) -> list[str]:
         return sorted({subscription.queue for subscription in list(self._subscriptions.values())})
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a forked child, and the consumer its parent's."""
+        return os.getpid() != self._pid
 
     @property
     def is_idle(self) -> bool:
@@ -264,7 +269,7 @@ class Consumer:
 
         If the server cannot be reached, it does so itself after the grace period.
         """
-        if os.getpid() != self._pid:
+        if self.is_foreign:
             return  # a forked child: all of this is its parent's
         self._subscriptions.clear()
         self._buffer.clear()

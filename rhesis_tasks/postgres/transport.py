@@ -4,7 +4,8 @@ Only adapts: :mod:`.queue` has the statements, :mod:`.consumer` the consuming.  
 the database, so that all processes see the same at once; how a topic matches is kombu's.
 
 Transport options:
-    schema: the schema of the library's tables; before ``?schema=`` in the URL and RHESIS_TASKS_SCHEMA.
+    schema: the schema of the library's tables; wins over ``?schema=`` in the URL.
+    default_schema: where neither says it; ``configure(schema=...)`` gives it, and it wins over RHESIS_TASKS_SCHEMA.
     grace: seconds without a life sign after which a consumer's messages are given to others; 5.
     poll_interval: seconds between two looks at the queues where no notification came; 5.
     listen_url: a URL past the connection pooler, for the connection that listens and holds the lock.
@@ -67,7 +68,7 @@ class Transport(virtual.Transport):
         self._pid = os.getpid()
         options = dict(client.transport_options or {})
         self._url, in_url = _url_and_schema(client)
-        self._schema = schema_name(options.pop("schema", None) or in_url)
+        self._schema = schema_name(options.pop("schema", None) or in_url or options.pop("default_schema", None))
         self._grace = _seconds(options, "grace", GRACE)
         self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
         listen_url = options.pop("listen_url", None)
@@ -176,7 +177,7 @@ class Transport(virtual.Transport):
     @property
     def consumer(self) -> Consumer:
         """The consumer, started when it is first needed."""
-        if self._consumer is None:
+        if self._consumer is None or self._consumer.is_foreign:
             consumer = Consumer(
                 self.queue,
                 MessageQueue(self._connection(self._listen_url), self._schema),

@@ -120,16 +120,19 @@ class Listener:
         if connection.is_pooled:
             # A lock or LISTEN would stay on a server connection that others use.
             self._warn_of_pooler()
-            self._queue.attach(self._consumer, self._name, self._queues(), hold_lock=False)
+            self._say_hello(hold_lock=False)
             self.listening = False
         else:
             # Not had at once if the server has not noticed yet that the session before this one is gone: then that
             # one holds it, which is as good for now.
             self._queue.watch_for_loss()
-            self._queue.attach(self._consumer, self._name, self._queues())
+            self._say_hello()
             self._queue.listen(self._consumer)
             self.listening = True
         self._again_at = 0.0
+
+    def _say_hello(self, *, hold_lock: bool = True) -> None:
+        self._queue.attach(self._consumer, self._name, self._queues(), hold_lock=hold_lock, grace=self._grace)
 
     def _warn_of_pooler(self) -> None:
         if not self._warned:
@@ -208,4 +211,4 @@ class Listener:
             self._attach()
             self._on_return()
         elif not kept.locked and not self._queue.connection.is_pooled:
-            self._queue.attach(self._consumer, self._name, self._queues())
+            self._say_hello()

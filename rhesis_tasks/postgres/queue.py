@@ -177,9 +177,21 @@ class MessageQueue:
         """The number of a consumer that did not exist before."""
         return int(self._value("next_consumer"))
 
-    def attach(self, consumer: int, name: str, queues: Sequence[str] = (), *, hold_lock: bool = True) -> bool:
-        """Say that a consumer is there; returns whether this session has its lock."""
-        return bool(self._value("attach", consumer, name, list(queues), hold_lock))
+    def attach(
+        self,
+        consumer: int,
+        name: str,
+        queues: Sequence[str] = (),
+        *,
+        hold_lock: bool = True,
+        grace: float | None = None,
+    ) -> bool:
+        """Say that a consumer is there; returns whether this session has its lock.
+
+        Args:
+            grace: seconds that it may be silent before it is dead; None is what whoever looks allows itself.
+        """
+        return bool(self._value("attach", consumer, name, list(queues), hold_lock, grace))
 
     def detach(self, consumer: int) -> None:
         """A consumer goes; what it held is released."""

@@ -437,7 +437,7 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
         run("SELECT rhesis_tasks.declare_queue('trapped', true, true, 100, 100)")
         run("SELECT rhesis_tasks.declare_queue('trapped', true, true, 200, 200)")
         run("SELECT rhesis_tasks.bind('trapped', 'trapped', '#', '^.*?$')")
-        run("SELECT rhesis_tasks.attach(999, 'me', '{trapped}', true)")
+        run("SELECT rhesis_tasks.attach(999, 'me', '{trapped}', true, 5)")
         run("SELECT rhesis_tasks.subscribe(999, 'trapped')")
         run("SELECT rhesis_tasks.wait_for(999, '{trapped}')")
         for exchange in ("", "trapped", "trapped", "trapped"):

@@ -1373,6 +1373,21 @@ def test_a_message_that_was_published_just_before_a_consumer_waits_is_found_soon
         assert body(one.next()) == b"1"
 
 
+def test_who_allows_himself_less_does_not_hurry_those_who_allow_themselves_more(
+    queue: MessageQueue, connect: Callable[[], MessageQueue], sql: Sql
+) -> None:
+    patient, hasty = connect(), queue.new_consumer()
+    slow = queue.new_consumer()
+    patient.attach(slow, "behind a pooler", hold_lock=False, grace=60.0)
+    queue.attach(hasty, "hasty", grace=0.05)
+
+    for _ in range(2):  # the first look marks it as absent
+        kept = queue.keep(hasty, 0.0)
+
+    assert is_known(sql, slow)
+    assert kept.again_in <= 0.05
+
+
 def test_an_idle_consumer_asks_the_server_a_few_times_in_a_minute(worker: StartWorker) -> None:
     grace, poll_interval = 1.0, 0.4
     one = worker(grace=grace, poll_interval=poll_interval)

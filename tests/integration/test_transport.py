@@ -325,6 +325,17 @@ def test_a_fanout_exchange_gives_every_queue_a_copy_whatever_the_key(connection:
     assert [queue.get().payload for queue in queues] == ["hello"] * 3
 
 
+def test_a_pattern_that_is_none_is_refused_where_it_is_bound_and_hurts_no_publisher(connection: Connection) -> None:
+    mail = Exchange("mail", type="topic")
+    declared(Queue("all", mail, "#"), connection)
+
+    with pytest.raises(ChannelError, match=r"'y\.\*\*' is no pattern of a topic"):
+        declared(Queue("bad", mail, "y.**"), connection)
+
+    Producer(connection).publish("goes on", exchange=mail, routing_key="y.1")
+    assert declared(Queue("all", mail, "#"), connection).get().payload == "goes on"
+
+
 def test_an_unbound_queue_gets_no_more_and_keeps_what_it_has(connection: Connection) -> None:
     exchange = Exchange("news", type="topic")
     queue = declared(Queue("subscriber", exchange, "a.*"), connection)
@@ -1101,6 +1112,22 @@ def test_a_closed_connection_leaves_nothing_on_the_server(connect: Connect, tena
     with tenant_database.owner.connect() as owner:
         for table in ("consumer", "subscription", "waiter"):
             assert owner.scalar(text(f"SELECT count(*) FROM rhesis_tasks.{table}")) == 0, table
+
+
+def test_a_connection_closes_though_its_listener_was_told_to_acknowledge_later(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rhesis_tasks.postgres.consumer._UNATTENDED", 3600.0)
+    connection = connect()
+    publish(connection, "one")
+    inbox = Inbox(connection, LETTERS)
+    inbox.wait_for(1)[0].ack()
+    listeners = [thread for thread in threading.enumerate() if thread.name.startswith("rhesis-tasks consumer")]
+
+    connection.close()
+
+    assert listeners
+    assert not [thread for thread in listeners if thread.is_alive()]
 
 
 def held_locks(database: TenantDatabase) -> int:

@@ -202,12 +202,13 @@ $$;
 
 -- Say that a consumer is there, and what it consumes; a consumer that was reaped meanwhile is known again.
 -- With hold_lock the session takes its advisory lock, for as long as it lasts; returns whether it has it.
-CREATE OR REPLACE FUNCTION @schema@.attach(consumer_id integer, its_name text, queues text[], hold_lock boolean)
-RETURNS boolean
+CREATE OR REPLACE FUNCTION @schema@.attach(
+    consumer_id integer, its_name text, queues text[], hold_lock boolean, its_grace double precision
+) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO @schema@.consumer (id, name) VALUES (consumer_id, its_name)
-    ON CONFLICT (id) DO UPDATE SET name = excluded.name, absent_since = NULL;
+    INSERT INTO @schema@.consumer (id, name, grace) VALUES (consumer_id, its_name, its_grace)
+    ON CONFLICT (id) DO UPDATE SET name = excluded.name, grace = excluded.grace, absent_since = NULL;
     INSERT INTO @schema@.subscription (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q
     ON CONFLICT DO NOTHING;
     RETURN hold_lock AND pg_try_advisory_lock(@schema@.lock_class(), consumer_id);
@@ -409,7 +410,7 @@ $$;
 -- A consumer says that it is there, and looks after the others.  Called by every consumer a few times in a grace
 -- period, done by one at a time.
 --
--- A consumer is dead when its lock was seen free at each look for the length of the grace period, all of it since
+-- A consumer is dead when its lock was seen free at each look for the length of its grace period, all of it since
 -- this server was started (so that a restart is no death).  What it held is released, its subscriptions end.
 --
 -- Returns whether the caller was known, whether this session holds its lock, and in how many seconds to call again.
@@ -421,7 +422,7 @@ DECLARE
     me      @schema@.consumer;
     present integer[];
     dead    integer[];
-    mark    timestamptz;
+    next_   timestamptz;  -- when the next one who is absent will be dead
     now_    timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO me FROM @schema@.consumer WHERE id = consumer_id;
@@ -435,7 +436,7 @@ BEGIN
     WHERE locktype = 'advisory' AND granted AND classid::integer = class AND objsubid = 2
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
     present := present || consumer_id;
-    again_in := grace / 2;
+    again_in := keep.grace / 2;
 
     IF NOT pg_try_advisory_xact_lock(class, 0) THEN  -- somebody else is at it
         RETURN NEXT;
@@ -454,7 +455,7 @@ BEGIN
                ELSE c.absent_since IS NULL OR c.absent_since < pg_postmaster_start_time() END;
 
     SELECT array_agg(id) INTO dead FROM @schema@.consumer
-    WHERE absent_since <= now_ - make_interval(secs => grace);
+    WHERE absent_since <= now_ - make_interval(secs => coalesce(consumer.grace, keep.grace));
     IF dead IS NOT NULL THEN
         PERFORM @schema@.release_held(dead, false);
         PERFORM @schema@.unsubscribe(dead);
@@ -467,9 +468,10 @@ BEGIN
     WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
       AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
 
-    SELECT min(absent_since) INTO mark FROM @schema@.consumer;
-    IF mark IS NOT NULL THEN
-        again_in := least(again_in, greatest(extract(epoch FROM mark - now_) + grace, 0) + 0.05);
+    SELECT min(absent_since + make_interval(secs => coalesce(consumer.grace, keep.grace))) INTO next_
+    FROM @schema@.consumer;
+    IF next_ IS NOT NULL THEN
+        again_in := least(again_in, greatest(extract(epoch FROM next_ - now_), 0) + 0.05);
     END IF;
     RETURN NEXT;
 END

@@ -80,6 +80,7 @@ CREATE INDEX IF NOT EXISTS transient_message_expires_at ON @schema@.transient_me
 CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.consumer (
     id           integer PRIMARY KEY,
     name         text,
+    grace        double precision,  -- seconds that it may be silent; NULL is what whoever looks allows itself
     attached_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     absent_since timestamptz  -- its lock was seen free at this time, and at each look since
 );

@@ -23,6 +23,7 @@ __all__ = [
     "is_postgresql",
     "quote_identifier",
     "redacted",
+    "rendered",
     "require_psycopg",
     "result_backend_url",
     "schema_name",
@@ -113,7 +114,7 @@ def broker_url(url: str, schema: str = DEFAULT_SCHEMA) -> str:
     parsed = database_url(url).set(drivername="postgresql")
     if schema != DEFAULT_SCHEMA and "schema" not in parsed.query:
         parsed = parsed.update_query_dict({"schema": schema})
-    return _rendered(parsed)
+    return rendered(parsed)
 
 
 def result_backend_url(url: str) -> str:
@@ -122,11 +123,19 @@ def result_backend_url(url: str) -> str:
         return url
     require_psycopg()
     # Celery takes a '+' in the scheme apart, so the driver stays out of it.
-    return _rendered(database_url(url).set(drivername="postgresql"))
+    return rendered(database_url(url).set(drivername="postgresql"))
 
 
-def _rendered(url: URL) -> str:
-    return url.render_as_string(hide_password=False)
+def rendered(url: URL) -> str:
+    """The URL as a string, with its password, that reads back as the same.
+
+    (SQLAlchemy 2.0.22 leaves ``?``, ``#`` and ``%`` in a password as they are.)
+    """
+    scheme, separator, location = url._replace(username=None, password=None).render_as_string().partition("://")
+    credentials = "" if url.username is None else quote(url.username, safe="")
+    if url.password is not None:
+        credentials += f":{quote(str(url.password), safe='')}"
+    return scheme + separator + (f"{credentials}@" if credentials else "") + location
 
 
 def require_psycopg() -> None:

@@ -26,7 +26,7 @@ from sqlalchemy.pool import NullPool
 from .embedded import embedded_postgres
 from .postgres.schema import create_schema
 from .processes import Child, child, python
-from .settings import database_url, quote_identifier
+from .settings import database_url, quote_identifier, rendered
 
 __all__ = [
     "StartWorker",
@@ -106,7 +106,7 @@ def new_tenant_database(postgres_url: str) -> Iterator[TenantDatabase]:
 
 
 def _text(url: URL) -> str:
-    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return rendered(url.set(drivername="postgresql"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from ..embedded import embedded_postgres
 from ..errors import DatabaseUnavailableError
-from ..settings import database_url, quote_identifier, redacted
+from ..settings import database_url, quote_identifier, redacted, rendered
 from .errors import DemoError
 
 __all__ = ["DemoDatabase", "demo_database"]
@@ -124,4 +124,4 @@ def _drop(connection: Connection, database: DemoDatabase) -> None:
 
 
 def _text(url: URL) -> str:
-    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return rendered(url.set(drivername="postgresql"))

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from ..context import TenantContext, current_tenant, exactly, require_tenant
 from ..errors import DatabaseUnavailableError, HeaderError, MissingTenantError
 from ..headers import carried_by, decode
-from ..settings import database_url, quote_identifier, redacted, schema_name
+from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
 from .connection import read_only
 from .engines import shared_engine
@@ -78,7 +78,7 @@ class PostgresBackend(DatabaseBackend):
         # another that asks for the same id.
         super().__init__(dburi=given, url=given, **{**kwargs, "max_cached_results": -1})
         # Celery hands "postgresql+psycopg://..." over as "psycopg://...".
-        self.url = database_url(self.url).render_as_string(hide_password=False)
+        self.url = rendered(database_url(self.url))
         # What Celery calls by itself it tries again by these.  (Celery 5.6 does so only if told to.)
         self.always_retry, self.max_retries = True, ATTEMPTS - 1
         self.schema = schema_name(self.app.conf.get("rhesis_tasks_schema"))

@@ -29,7 +29,7 @@ from kombu.transport import virtual
 from sqlalchemy import URL
 
 from ..errors import ConfigurationError, DatabaseUnavailableError, SchemaError
-from ..settings import database_url, quote_identifier, redacted, schema_name
+from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
 from .channel import Channel, in_other_form, not_found
 from .connection import Connection
 from .consumer import BATCH, Consumer, Delivery, Subscription
@@ -42,8 +42,9 @@ __all__ = ["Transport"]
 GRACE: Final = 5.0
 POLL_INTERVAL: Final = 5.0
 
-# Celery before 5.7 acknowledges between two calls of drain_events only, so these must not be long while work is done.
-_LONGEST_DRAIN: Final = 0.01 if celery.VERSION[:2] < (5, 7) else None
+# A worker of Celery before 5.7 acknowledges between two calls of drain_events only, so that these must not be long
+# while work is done.
+_LONGEST_DRAIN: Final = 0.01
 
 # A signal that stops the worker does not end a wait, so that the wait looks up now and then.
 _SLICE: Final = 0.25
@@ -62,6 +63,8 @@ class Transport(virtual.Transport):
     implements = virtual.Transport.implements.extend(
         asynchronous=False, exchange_type=frozenset(["direct", "topic", "fanout"]), heartbeats=False
     )
+
+    is_an_older_workers = False  #: whether this process is a worker of Celery before 5.7
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
@@ -99,7 +102,7 @@ class Transport(virtual.Transport):
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
         """The URL for logs."""
         url = self._url.set(drivername="postgresql")
-        return url.render_as_string(hide_password=False) if include_password else redacted(url)
+        return rendered(url) if include_password else redacted(url)
 
     def establish_connection(self) -> Any:
         """Connect, and make sure that the tables are there.
@@ -125,7 +128,7 @@ class Transport(virtual.Transport):
                 f"SELECT max(version) FROM {quote_identifier(self._schema)}.schema_version"  # noqa: S608
             )
         except SchemaError:
-            ensure_schema(shared_engine(self._url.render_as_string(hide_password=False)), self._schema)
+            ensure_schema(shared_engine(rendered(self._url)), self._schema)
         else:
             require_version(SchemaStatus(self._schema, rows[0][0]))
         _ready.add(where)
@@ -225,7 +228,7 @@ class Transport(virtual.Transport):
         if consumer is None:
             time.sleep(1.0 if timeout is None else timeout)
             raise TimeoutError
-        if _LONGEST_DRAIN is not None and not consumer.is_idle:
+        if self.is_an_older_workers and not consumer.is_idle:
             timeout = _LONGEST_DRAIN if timeout is None else min(timeout, _LONGEST_DRAIN)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         if _worker_is_stopping():
@@ -382,6 +385,7 @@ def _prepare_worker(sender: Any, **_: Any) -> None:
     from celery.worker.consumer.gossip import Gossip
     from celery.worker.consumer.mingle import Mingle
 
+    Transport.is_an_older_workers = celery.VERSION[:2] < (5, 7)
     for step in (Mingle, Gossip):
         step.compatible_transports.add(Transport.driver_type)
     if issubclass(get_implementation(sender.pool_cls), prefork.TaskPool):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import broker_tasks
 import pytest
-from tcp_proxy import Held, PostgresServer, Rig, TcpProxy, kill, running_proxy, running_rig, running_server
+from broker_rig import Held, PostgresServer, Rig, TcpProxy, kill, running_proxy, running_rig, running_server
 
 from rhesis_tasks.errors import DatabaseUnavailableError
 from rhesis_tasks.postgres.connection import Connection

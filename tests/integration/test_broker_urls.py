@@ -12,12 +12,12 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from broker_rig import PostgresServer, running_server
 from celery import Celery
 from kombu import Connection
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 from sqlalchemy import text
-from tcp_proxy import PostgresServer, running_server
 
 from rhesis_tasks.errors import ConfigurationError
 from rhesis_tasks.postgres.schema import create_schema

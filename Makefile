@@ -10,6 +10,8 @@ MINIMUM := .venv-minimum
 POSTGRES := $(wildcard /usr/lib/postgresql/15/bin/initdb)
 PGBOUNCER := $(wildcard /usr/sbin/pgbouncer)
 
+TESTED_WITH_MINIMUM := $(patsubst %,tests/integration/test_%.py,results sessions transport broker_urls broker_control broker_faults)
+
 .PHONY: servers demo test lint types unit integration minimum wheel constraints clean
 
 demo: $(READY)  ## the main job, for real
@@ -52,8 +54,8 @@ endif
 integration: $(READY) servers  ## on real PostgreSQL, with real workers
 	$(BIN)/pytest tests/integration -n 2 --dist loadfile
 
-minimum: $(MINIMUM)/.ready  ## with the oldest versions of what we depend on
-	$(MINIMUM)/bin/python -m pytest tests/unit tests/integration/test_results.py tests/integration/test_sessions.py -n 2 --dist loadfile
+minimum: $(MINIMUM)/.ready servers  ## with the oldest versions of what we depend on
+	$(MINIMUM)/bin/python -m pytest tests/unit $(TESTED_WITH_MINIMUM) -n 2 --dist loadfile
 
 wheel: $(READY)  ## built, installed into clean environments, and imported there without extras
 	$(BIN)/pytest tests/wheel

@@ -211,22 +211,7 @@ class Channel(virtual.Channel):
         **_: Any,
     ) -> None:
         """Let an exchange route to a queue."""
-        exchange, routing_key = exchange or "amq.direct", routing_key or ""
-        try:
-            self.transport.bind(queue, exchange, routing_key, self._pattern(routing_key))
-        except Exception as error:
-            if getattr(error, "sqlstate", None) != "2201B":  # invalid_regular_expression
-                raise
-            raise ChannelError(
-                f"PRECONDITION_FAILED - {routing_key!r} is no pattern of a topic: {error}",
-                (50, 20),
-                "Channel.queue_bind",
-                406,
-            ) from error
-
-    def _pattern(self, routing_key: str) -> str:
-        pattern: str = self.exchange_types["topic"].key_to_pattern(routing_key)
-        return pattern
+        self.transport.bind(queue, exchange or "amq.direct", routing_key or "")
 
     def queue_unbind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any

@@ -7,6 +7,7 @@ Celery and kombu.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -152,9 +153,12 @@ class MessageQueue:
         """How many messages wait in a queue."""
         return int(self._value("queue_size", name))
 
-    def bind(self, queue: str, exchange: str, routing_key: str, pattern: str | None = None) -> bool:
-        """Let an exchange route to a queue; returns False if one of them is not there."""
-        return bool(self._value("bind", queue, exchange, routing_key, pattern))
+    def bind(self, queue: str, exchange: str, routing_key: str) -> bool:
+        """Let an exchange route to a queue; returns False if one of them is not there.
+
+        For a topic, ``*`` in the routing key stands for one word, ``#`` for any number of words, also none.
+        """
+        return bool(self._value("bind", queue, exchange, routing_key, _pattern(routing_key)))
 
     def unbind(self, queue: str, exchange: str, routing_key: str) -> None:
         self._call("unbind", queue, exchange, routing_key)
@@ -297,3 +301,10 @@ class MessageQueue:
     def keep(self, consumer: int, grace: float) -> Kept:
         """Say that a consumer is there, and look after the others; ``grace`` is in seconds."""
         return Kept(*self._call("keep", consumer, grace)[0])
+
+
+def _pattern(binding_key: str) -> str:
+    """What a topic's binding key matches, as the ``bind`` function wants it: each word behind a dot."""
+    wildcards = {"*": r"\.[^.]*", "#": r"(\.[^.]*)*"}
+    words = binding_key.split(".") if binding_key else []
+    return "".join(("^", *(wildcards.get(word) or rf"\.{re.escape(word)}" for word in words), "$"))

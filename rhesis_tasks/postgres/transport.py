@@ -81,7 +81,7 @@ class Transport(virtual.Transport):
         self._loop = _Loop(self._deliver_some)
         self._receivers: dict[str, Any] = {}  # what gets the messages of a subscription, by its tag
         self._declared: dict[str, tuple[bool, bool, dict[str, Any]]] = {}
-        self._bound: dict[str, dict[tuple[str, str], str]] = {}
+        self._bound: dict[str, set[tuple[str, str]]] = {}
         # kombu's has the whole URL as its hostname, and `celery inspect stats` shows it.
         client.info = lambda: {**type(client).info(client), "hostname": redacted(self._url)}
 
@@ -158,22 +158,22 @@ class Transport(virtual.Transport):
             raise in_other_form("queue", name, "queue_declare")
         self._declared[name] = durable, auto_delete, arguments
 
-    def bind(self, queue: str, exchange: str, routing_key: str, pattern: str) -> None:
+    def bind(self, queue: str, exchange: str, routing_key: str) -> None:
         """Let an exchange route to a queue."""
-        if not self.queue.bind(queue, exchange, routing_key, pattern):
+        if not self.queue.bind(queue, exchange, routing_key):
             raise not_found("exchange or queue", f"{exchange}, {queue}", "queue_bind")
-        self._bound.setdefault(queue, {})[exchange, routing_key] = pattern
+        self._bound.setdefault(queue, set()).add((exchange, routing_key))
 
     def unbind(self, queue: str, exchange: str, routing_key: str) -> None:
         """Let an exchange route to a queue no more."""
         self.queue.unbind(queue, exchange, routing_key)
-        self._bound.get(queue, {}).pop((exchange, routing_key), None)
+        self._bound.get(queue, set()).discard((exchange, routing_key))
 
     def _declare_again(self, queue: str) -> None:
         if queue in self._declared:
             self.declare_queue(queue, *self._declared[queue])
-        for (exchange, routing_key), pattern in self._bound.get(queue, {}).items():
-            self.queue.bind(queue, exchange, routing_key, pattern)
+        for exchange, routing_key in self._bound.get(queue, ()):
+            self.queue.bind(queue, exchange, routing_key)
 
     # --- consuming -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import broker_tasks
+import celery
 import pytest
 from broker_rig import Held, PostgresServer, Rig, TcpProxy, kill, running_proxy, running_rig, running_server
 
@@ -386,8 +387,9 @@ def test_a_warm_shutdown_finishes_what_runs_and_gives_back_the_rest_uncounted(ri
     wait_until("the worker to end", has_ended, 15)
 
     done, left = rig.runs.done, rig.messages()
-    # A thread that becomes free before its pool is told to stop takes one more.
-    assert len(done) <= (2 if pool == "threads" else 1)
+    # A thread that becomes free before its pool is told to stop takes one more; Celery before 5.7 lets it take all.
+    threads = 2 if celery.VERSION[:2] >= (5, 7) else 12
+    assert len(done) <= (threads if pool == "threads" else 1)
     assert set(left) == {Held(label, holder=None, deliveries=0) for label in set(sent) - set(done)}
     rig.worker("threads", concurrency=12, grace=LONG)
     for label in sent:

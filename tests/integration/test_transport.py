@@ -292,11 +292,11 @@ def test_a_queue_gets_one_copy_however_many_of_its_bindings_match(connection: Co
     ("binding", "matching", "other"),
     [
         ("orders.paid", ["orders.paid"], ["orders.paid.now", "orders", "ordersxpaid", "xorders.paid"]),
-        ("orders.*", ["orders.paid", "orders.ü"], ["orders", "orders.", "orders.paid.now"]),
+        ("orders.*", ["orders.paid", "orders.ü"], ["orders", "orders.paid.now"]),
         ("*.paid", ["orders.paid"], ["paid", "a.b.paid"]),
         ("#", ["", "orders", "orders.paid.now"], []),
-        ("orders.#", ["orders.paid", "orders.paid.now"], ["bills.paid", "xorders.paid"]),
-        ("orders.#.now", ["orders.paid.now", "orders.a.b.now"], ["orders.paid"]),
+        ("orders.#", ["orders", "orders.paid", "orders.paid.now"], ["bills.paid", "xorders.paid"]),
+        ("orders.#.now", ["orders.now", "orders.paid.now", "orders.a.b.now"], ["orders.paid"]),
         ("a+b.(c).*", ["a+b.(c).d"], ["aab.c.d", "a+b.c.d"]),
         ("köln_1-x.$^|.*", ["köln_1-x.$^|.ß"], ["koln_1-x.$^|.y"]),
     ],
@@ -323,17 +323,6 @@ def test_a_fanout_exchange_gives_every_queue_a_copy_whatever_the_key(connection:
     connection.Producer(exchange=exchange).publish("hello", routing_key="whatever")
 
     assert [queue.get().payload for queue in queues] == ["hello"] * 3
-
-
-def test_a_pattern_that_is_none_is_refused_where_it_is_bound_and_hurts_no_publisher(connection: Connection) -> None:
-    mail = Exchange("mail", type="topic")
-    declared(Queue("all", mail, "#"), connection)
-
-    with pytest.raises(ChannelError, match=r"'y\.\*\*' is no pattern of a topic"):
-        declared(Queue("bad", mail, "y.**"), connection)
-
-    Producer(connection).publish("goes on", exchange=mail, routing_key="y.1")
-    assert declared(Queue("all", mail, "#"), connection).get().payload == "goes on"
 
 
 def test_an_unbound_queue_gets_no_more_and_keeps_what_it_has(connection: Connection) -> None:

@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS @schema@.binding (
     exchange    text NOT NULL REFERENCES @schema@.exchange ON DELETE CASCADE,
     routing_key text NOT NULL,
     queue       text NOT NULL REFERENCES @schema@.queue ON DELETE CASCADE,
-    pattern     text,  -- of a topic: kombu's regular expression for the routing key
+    pattern     text NOT NULL,  -- what a topic matches: a regular expression for the routing key's words
     PRIMARY KEY (exchange, routing_key, queue)
 );
 CREATE INDEX IF NOT EXISTS binding_queue ON @schema@.binding (queue);

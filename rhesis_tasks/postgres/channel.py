@@ -211,7 +211,8 @@ class Channel(virtual.Channel):
         **_: Any,
     ) -> None:
         """Let an exchange route to a queue."""
-        self.transport.bind(queue, exchange or "amq.direct", routing_key or "")
+        key = _named(routing_key or "", "routing key", "queue_bind")
+        self.transport.bind(queue, exchange or "amq.direct", key)
 
     def queue_unbind(
         self, queue: str, exchange: str | None = None, routing_key: str = "", arguments: Any = None, **_: Any

@@ -106,6 +106,7 @@ class Consumer:
         self._acks: deque[tuple[int, int]] = deque()
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
         self._waiting_for: set[str] = set()  # queues whose publishers will notify us
+        self._notified: set[str] = set()  # queues whose publishers have
         self._looks: deque[float] = deque()  # seconds until each of the next looks, before the slow ones
         self._next_look = 0.0
         self._called = False  # somebody wants us to look before that
@@ -384,12 +385,14 @@ class Consumer:
             pause = 0.0 if self._buffer else min(self._poll_interval, _POOLED_POLL_INTERVAL)
         else:
             wanted = taken_from | claimed_from
-            if self._waiting_for != wanted:
+            notified = self._notified.copy()
+            self._notified -= notified
+            if self._waiting_for != wanted or notified - wanted:
                 self._looks = deque(_LOOKS if claimed_from - self._waiting_for else _LOOKS_FOR_TAKING)
                 # In our books first, for the listener to take out what we are notified of right after.
                 self._waiting_for = set(wanted)
                 try:
-                    self._queue.wait_for(self.number, sorted(wanted))
+                    self._queue.wait_for(self.number, sorted(wanted), pass_on=sorted(notified - wanted))
                 except BaseException:
                     self._waiting_for = set()
                     raise
@@ -465,6 +468,7 @@ class Consumer:
 
     def _on_message(self, queue: str) -> None:
         self._waiting_for.discard(queue)
+        self._notified.add(queue)
         self.look_now()
 
     def _on_return(self) -> None:

@@ -294,9 +294,16 @@ class MessageQueue:
         """Put a claimed message that cannot be read where nobody claims it, for an operator to look at."""
         self._call("set_aside", id, token)
 
-    def wait_for(self, consumer: int, queues: Sequence[str]) -> None:
-        """Ask to be notified of messages in these queues, and in no others."""
-        self._call("wait_for", consumer, list(queues))
+    def wait_for(self, consumer: int, queues: Sequence[str], *, pass_on: Sequence[str] = ()) -> None:
+        """Ask to be notified of messages in these queues, and in no others.
+
+        Args:
+            consumer: the consumer's number.
+            queues: their names.
+            pass_on: queues of whose messages the consumer was notified, and which it cannot take now; somebody else
+                who waits for them is notified.
+        """
+        self._call("wait_for", consumer, list(queues), list(pass_on))
 
     def keep(self, consumer: int, grace: float) -> Kept:
         """Say that a consumer is there, and look after the others; ``grace`` is in seconds."""

@@ -57,19 +57,22 @@ class SchemaStatus:
         return f"schema {self.schema!r}: version {self.found} (version {self.needed} is needed)"
 
 
-def schema_sql(schema: str | None = None, roles: Iterable[str] = (), web_roles: Iterable[str] = ()) -> str:
+def schema_sql(
+    schema: str | None = None, roles: Iterable[str] = (), web_roles: Iterable[str] = (), *, tables: bool = True
+) -> str:
     """The SQL that creates the tables and functions, or upgrades them, and grants their use; safe to run again.
 
     Args:
         schema: by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
         roles: roles that run workers, or control them; they may launch tasks, too.
         web_roles: roles that launch tasks and read results, and nothing else.
+        tables: False leaves the tables alone, which are there already: creating what exists would lock it.
 
     Raises:
         ConfigurationError: a name cannot be an SQL name.
     """
     name = schema_name(schema)
-    parts = [_sql(part, name) for part in ("version", "records", "tables", "functions")]
+    parts = [_sql(part, name) for part in ("version", *(("records", "tables") if tables else ()), "functions")]
     for role in (*roles, *web_roles):
         parts.append(_sql("grant_web", name, role))
     for role in roles:
@@ -112,8 +115,9 @@ def create_schema(
             create_schema(connection, schema=schema, roles=roles, web_roles=web_roles)
         return
     bind.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+    script = schema_sql(schema, roles, web_roles, tables=not _status(bind, schema_name(schema)).is_current)
     try:
-        bind.exec_driver_sql(schema_sql(schema, roles, web_roles), execution_options={"no_parameters": True})
+        bind.exec_driver_sql(script, execution_options={"no_parameters": True})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != "55000":
             raise
@@ -122,13 +126,16 @@ def create_schema(
 
 def schema_status(bind: Engine, schema: str | None = None) -> SchemaStatus:
     """Which version of the tables there is."""
-    schema = schema_name(schema)
-    version_table = f"{quote_identifier(schema)}.schema_version"
     with bind.connect() as connection:
-        # to_regclass() raises nothing for a schema that is missing or that this login may not use.
-        if connection.scalar(text("SELECT to_regclass(:name)"), {"name": version_table}) is None:
-            return SchemaStatus(schema, None)
-        return SchemaStatus(schema, connection.scalar(text(f"SELECT max(version) FROM {version_table}")))  # noqa: S608
+        return _status(connection, schema_name(schema))
+
+
+def _status(connection: Connection, schema: str) -> SchemaStatus:
+    version_table = f"{quote_identifier(schema)}.schema_version"
+    # to_regclass() raises nothing for a schema that is missing or that this login may not use.
+    if connection.scalar(text("SELECT to_regclass(:name)"), {"name": version_table}) is None:
+        return SchemaStatus(schema, None)
+    return SchemaStatus(schema, connection.scalar(text(f"SELECT max(version) FROM {version_table}")))  # noqa: S608
 
 
 def ensure_schema(engine: Engine, schema: str) -> None:

@@ -439,7 +439,7 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
         run("SELECT rhesis_tasks.bind('trapped', 'trapped', '#', '^.*?$')")
         run("SELECT rhesis_tasks.attach(999, 'me', '{trapped}', true, 5)")
         run("SELECT rhesis_tasks.subscribe(999, 'trapped')")
-        run("SELECT rhesis_tasks.wait_for(999, '{trapped}')")
+        run("SELECT rhesis_tasks.wait_for(999, '{trapped}', '{trapped}')")
         for exchange in ("", "trapped", "trapped", "trapped"):
             run(f"SELECT rhesis_tasks.publish('{exchange}', 'trapped', '{{}}', 'body', 5, 'acme', 'one', 'work', 60)")
         got = run("SELECT id, token FROM rhesis_tasks.claim(999, '{}', '{}', '{trapped}', 2, '{trapped}', 1)")

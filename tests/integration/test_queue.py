@@ -515,6 +515,20 @@ def test_the_time_of_an_expiring_queue_begins_anew_when_it_is_used(queue: Messag
     assert sql("SELECT used_at > clock_timestamp() - interval '1 minute' FROM rhesis_tasks.queue") == [(True,)]
 
 
+def test_a_message_whose_queue_went_while_it_was_published_goes_too(queue: MessageQueue, sql: Sql) -> None:
+    for name in ("a", "b", "c", "d"):
+        queue.declare_queue(name, durable=False)
+        publish(queue, name, 2)
+    claims_of_gone = claimed(queue, "c", slots=1)
+    sql("DELETE FROM rhesis_tasks.queue WHERE name IN ('a', 'c')")
+
+    queue.keep(queue.new_consumer(), LONG)
+
+    assert by_queue(sql) == ["b", "b", "c", "d", "d"], "what somebody holds stays until it is done"
+    queue.ack(claims(claims_of_gone))
+    assert by_queue(sql) == ["b", "b", "d", "d"]
+
+
 def test_the_time_while_the_server_was_down_is_no_time_without_use(queue: MessageQueue, sql: Sql) -> None:
     queue.declare_queue("a", expires=LONG)
     sql("UPDATE rhesis_tasks.queue SET used_at = pg_postmaster_start_time() - interval '1 day'")
@@ -522,6 +536,17 @@ def test_the_time_while_the_server_was_down_is_no_time_without_use(queue: Messag
     queue.keep(queue.new_consumer(), LONG)
 
     assert queue.queue_exists("a")
+
+
+def test_purging_leaves_what_is_claimed_and_what_was_set_aside(queue: MessageQueue, sql: Sql) -> None:
+    publish(queue, "a", 4)
+    first, second = claimed(queue, "a", slots=2)
+    assert first.token is not None
+    queue.set_aside(first.id, first.token)
+
+    assert queue.purge("a") == 2
+
+    assert sql("SELECT id FROM rhesis_tasks.message ORDER BY id") == [(first.id,), (second.id,)]
 
 
 def test_a_queue_is_deleted_with_its_messages_and_bindings_unless_it_is_used_or_full(queue: MessageQueue) -> None:
@@ -780,6 +805,38 @@ def test_who_is_gone_is_woken_no_more_but_somebody_else_is(
     queue.publish("", "a", "{}", b"")
 
     assert stays.heard() == ["a"]
+
+
+@pytest.mark.parametrize("goes", ["unsubscribe", "detach", "reap"])
+def test_a_notification_to_one_who_leaves_is_not_lost_on_the_others(
+    queue: MessageQueue, ear: Callable[[], Ear], sql: Sql, goes: str
+) -> None:
+    gone, stays = ear(), ear()
+    gone.queue.subscribe(gone.number, "a")
+    gone.waits_for("a")
+    queue.publish("", "a", "{}", b"")
+    stays.waits_for("a")
+    assert (gone.heard(), stays.heard()) == (["a"], [])
+
+    {
+        "unsubscribe": lambda: queue.unsubscribe(gone.number, "a"),
+        "detach": lambda: queue.detach(gone.number),
+        "reap": lambda: (gone.queue.connection.close(), reap(queue, sql, gone.number)),
+    }[goes]()
+
+    assert stays.heard() == ["a"]
+
+
+def test_who_cannot_take_what_it_was_notified_of_passes_it_on(queue: MessageQueue, ear: Callable[[], Ear]) -> None:
+    full, other, third = ear(), ear(), ear()
+    full.waits_for("a", "b")
+    queue.publish("", "a", "{}", b"")
+    other.waits_for("a")
+    third.waits_for("b")
+
+    full.queue.wait_for(full.number, [], pass_on=["a"])
+
+    assert [each.heard() for each in (full, other, third)] == [["a"], ["a"], []]
 
 
 def test_who_gives_a_message_back_wakes_somebody_for_it(queue: MessageQueue, ear: Callable[[], Ear]) -> None:
@@ -1406,6 +1463,24 @@ def test_who_allows_himself_less_does_not_hurry_those_who_allow_themselves_more(
 
     assert is_known(sql, slow)
     assert kept.again_in <= 0.05
+
+
+def test_a_consumer_that_is_full_passes_on_what_it_is_notified_of(
+    queue: MessageQueue, worker: StartWorker, pool: ThreadPoolExecutor
+) -> None:
+    full = worker({"channel": 1}, poll_interval=LONG)
+    full.consume("a", "b")
+    assert full.next(timeout=0.5) is None
+    queue.publish("", "a", "{}", b"1")
+    assert body(full.next()) == b"1"  # it does not look again, and b's publishers would still notify it
+    idle = worker(poll_interval=LONG)
+    idle.consume("b")
+    coming = idle.in_background(pool)
+
+    queue.publish("", "b", "{}", b"2")
+    assert full.next(timeout=0.5) is None
+
+    assert body(coming.result(DEADLINE)) == b"2"
 
 
 def test_an_idle_consumer_asks_the_server_a_few_times_in_a_minute(worker: StartWorker) -> None:

@@ -244,7 +244,7 @@ class Story(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(QUEUES))
     def purge(self, name: str) -> None:
-        gone = [each for each in self.messages if each.queue == name and each.token is None]
+        gone = [each for each in self.messages if each.queue == name and each.is_waiting]
         self.messages = [each for each in self.messages if each not in gone]
 
         assert self.queue.purge(name) == len(gone)

@@ -96,6 +96,16 @@ def test_creating_again_keeps_the_records(tenant_database: TenantDatabase, make_
         assert app.backend.get_record("one").result == 42
 
 
+def test_creating_again_waits_for_nobody_who_uses_the_tables(tenant_database: TenantDatabase) -> None:
+    tables = ("message", "transient_message", "queue", "binding", "exchange", "consumer", "subscription", "waiter")
+    with tenant_database.owner.connect() as worker, tenant_database.owner.connect() as connection:
+        for table in (*tables, "task_record", "group_record"):
+            worker.exec_driver_sql(f"LOCK TABLE rhesis_tasks.{table} IN ROW EXCLUSIVE MODE")
+        connection.exec_driver_sql("SET lock_timeout = '100ms'")
+
+        create_schema(connection, roles=[tenant_database.role], web_roles=[tenant_database.role])
+
+
 def test_four_may_create_at_the_same_time(tenant_database: TenantDatabase) -> None:
     at_once(4, lambda: create_schema(tenant_database.owner, schema="jobs", roles=[tenant_database.role]))
 

@@ -325,6 +325,29 @@ def test_a_fanout_exchange_gives_every_queue_a_copy_whatever_the_key(connection:
     assert [queue.get().payload for queue in queues] == ["hello"] * 3
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b"], ids=["too long", "with NUL"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda channel, name: channel.queue_declare(name),
+        lambda channel, name: channel.exchange_declare(name, "topic"),
+        lambda channel, name: channel.queue_bind("letters", "amq.topic", name),
+        lambda channel, name: channel.basic_publish(channel.prepare_message("lost?"), "amq.topic", name),
+    ],
+    ids=["a queue", "an exchange", "a binding", "a route"],
+)
+def test_what_cannot_be_a_name_is_refused_and_nothing_else_is_hurt(
+    connection: Connection, use: Callable[[Any, str], None], name: str
+) -> None:
+    channel = connection.channel()
+    publish(connection, "before")
+
+    with pytest.raises(ChannelError, match=r"cannot name a .*: at most 255 characters, none of them NUL"):
+        use(channel, name)
+
+    assert declared(LETTERS, connection).get().payload == "before"
+
+
 def test_an_unbound_queue_gets_no_more_and_keeps_what_it_has(connection: Connection) -> None:
     exchange = Exchange("news", type="topic")
     queue = declared(Queue("subscriber", exchange, "a.*"), connection)

@@ -32,6 +32,31 @@ BEGIN
 END
 $$;
 
+-- Put a message into a queue.  For publish() alone, as whom it runs.
+CREATE OR REPLACE FUNCTION @schema@.put(
+    target @schema@.queue, its_envelope json, its_body bytea, its_priority integer, its_tenant text, its_task_id text,
+    its_task_name text, ttl double precision
+) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    expiry timestamptz;
+BEGIN
+    IF ttl IS NOT NULL OR target.message_ttl IS NOT NULL THEN
+        expiry := clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl));
+    END IF;
+    IF target.durable THEN
+        INSERT INTO @schema@.message (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
+        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
+    ELSE
+        INSERT INTO @schema@.transient_message (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
+        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
+    END IF;
+    IF EXISTS (SELECT FROM @schema@.waiter WHERE queue = target.name) THEN
+        PERFORM @schema@.wake(target.name);
+    END IF;
+END
+$$;
+
 -- Publish a message to the queues that an exchange routes it to; the exchange '' routes to the queue named like the
 -- routing key, which is made if there is none.  Returns the number of queues, or NULL if there is no such exchange.
 -- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key.
@@ -43,42 +68,34 @@ CREATE OR REPLACE FUNCTION @schema@.publish(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     kind   text;
-    target record;
-    routed integer := 0;
-    expiry timestamptz;
     words  text := CASE with_key WHEN '' THEN '' ELSE '.' || with_key END;  -- each behind its dot, as in a pattern
+    target @schema@.queue;
+    routed integer := 0;
 BEGIN
     IF to_exchange = '' THEN
-        IF NOT EXISTS (SELECT FROM @schema@.queue WHERE name = with_key) THEN
-            INSERT INTO @schema@.queue (name) VALUES (with_key) ON CONFLICT DO NOTHING;
-        END IF;
-    ELSE
-        SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
+        SELECT * INTO target FROM @schema@.queue WHERE name = with_key;
         IF NOT FOUND THEN
-            RETURN NULL;
+            INSERT INTO @schema@.queue (name) VALUES (with_key) ON CONFLICT DO NOTHING;
+            SELECT * INTO STRICT target FROM @schema@.queue WHERE name = with_key;
         END IF;
+        PERFORM @schema@.put(
+            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl);
+        RETURN 1;
+    END IF;
+    SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
+    IF NOT FOUND THEN
+        RETURN NULL;
     END IF;
     FOR target IN
-        SELECT name, durable, message_ttl FROM @schema@.queue WHERE to_exchange = '' AND name = with_key
-        UNION
-        SELECT q.name, q.durable, q.message_ttl
-        FROM @schema@.binding b JOIN @schema@.queue q ON q.name = b.queue
-        WHERE b.exchange = to_exchange
-          AND CASE kind WHEN 'direct' THEN b.routing_key = with_key
-                        WHEN 'topic' THEN words ~ b.pattern
-                        ELSE true END
+        SELECT * FROM @schema@.queue q
+        WHERE q.name IN (SELECT b.queue FROM @schema@.binding b
+                         WHERE b.exchange = to_exchange
+                           AND CASE kind WHEN 'direct' THEN b.routing_key = with_key
+                                         WHEN 'topic' THEN words ~ b.pattern
+                                         ELSE true END)
     LOOP
-        expiry := clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl));
-        IF target.durable THEN
-            INSERT INTO @schema@.message
-                (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
-            VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
-        ELSE
-            INSERT INTO @schema@.transient_message
-                (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
-            VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
-        END IF;
-        PERFORM @schema@.wake(target.name);
+        PERFORM @schema@.put(
+            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl);
         routed := routed + 1;
     END LOOP;
     RETURN routed;
@@ -168,10 +185,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT queue, exchange, routing_key FROM @schema@.binding ORDER BY exchange, routing_key, queue
 $$;
 
--- Delete the messages of a queue that nobody has claimed; returns how many.
+-- Delete the messages of a queue that nobody has claimed, but not what was set aside; returns how many.
 CREATE OR REPLACE FUNCTION @schema@.purge(of_queue text) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH gone AS (DELETE FROM @schema@.message WHERE queue = of_queue AND claim_token IS NULL RETURNING 1)
+    WITH gone AS (
+        DELETE FROM @schema@.message
+        WHERE queue = of_queue AND claim_token IS NULL AND due_at IS DISTINCT FROM 'infinity'
+        RETURNING 1)
     SELECT count(*) FROM gone
 $$;
 
@@ -229,7 +249,8 @@ BEGIN
 END
 $$;
 
--- End subscriptions; a queue that is to go with its last consumer goes.
+-- End subscriptions; a queue that is to go with its last consumer goes.  Others who wait are woken, since the
+-- notification of a message may have gone to one who leaves.
 CREATE OR REPLACE FUNCTION @schema@.unsubscribe(consumer_ids integer[], from_queues text[] DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -242,14 +263,14 @@ BEGIN
             DELETE FROM @schema@.subscription
             WHERE consumer = ANY (consumer_ids) AND (from_queues IS NULL OR queue = ANY (from_queues))
             RETURNING queue)
-        SELECT DISTINCT q.name FROM ended JOIN @schema@.queue q ON q.name = ended.queue
-        WHERE q.auto_delete OR q.expires IS NOT NULL ORDER BY q.name
+        SELECT DISTINCT queue FROM ended ORDER BY queue
     LOOP
         IF (SELECT auto_delete FROM @schema@.queue WHERE name = left_behind) THEN
             PERFORM @schema@.delete_queue(left_behind, true, false);
         ELSE
-            UPDATE @schema@.queue SET used_at = clock_timestamp() WHERE name = left_behind;
+            UPDATE @schema@.queue SET used_at = clock_timestamp() WHERE name = left_behind AND expires IS NOT NULL;
         END IF;
+        PERFORM @schema@.wake(left_behind);
     END LOOP;
 END
 $$;
@@ -391,11 +412,13 @@ BEGIN
 END
 $$;
 
--- Wait to be notified of messages in these queues, and in no others.
-CREATE OR REPLACE FUNCTION @schema@.wait_for(consumer_id integer, queues text[]) RETURNS void
+-- Wait to be notified of messages in these queues, and in no others.  Of what came in those of pass_on the consumer was
+-- notified, and cannot take it: another one is.
+CREATE OR REPLACE FUNCTION @schema@.wait_for(consumer_id integer, queues text[], pass_on text[]) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     DELETE FROM @schema@.waiter WHERE consumer = consumer_id AND queue <> ALL (queues);
-    INSERT INTO @schema@.waiter (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q ON CONFLICT DO NOTHING
+    INSERT INTO @schema@.waiter (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q ON CONFLICT DO NOTHING;
+    SELECT @schema@.wake(q) FROM unnest(pass_on) q
 $$;
 
 -- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
@@ -468,6 +491,17 @@ BEGIN
     PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
     WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
       AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
+
+    -- Messages whose queue went while they were published.  Walks from queue to queue, not through the messages.
+    WITH RECURSIVE used (queue) AS (
+        SELECT min(m.queue) FROM @schema@.transient_message m WHERE m.claim_token IS NULL AND m.due_at IS NULL
+        UNION ALL
+        SELECT (SELECT min(m.queue) FROM @schema@.transient_message m
+                WHERE m.queue > used.queue AND m.claim_token IS NULL AND m.due_at IS NULL)
+        FROM used WHERE used.queue IS NOT NULL)
+    DELETE FROM @schema@.transient_message
+    WHERE claim_token IS NULL AND due_at IS NULL
+      AND queue IN (SELECT used.queue FROM used EXCEPT SELECT name FROM @schema@.queue);
 
     SELECT min(absent_since + make_interval(secs => coalesce(consumer.grace, keep.grace))) INTO next_
     FROM @schema@.consumer;

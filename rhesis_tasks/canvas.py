@@ -16,7 +16,7 @@ from .headers import HEADER, find
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["COMPOSITES", "Part", "bound", "bound_links", "last_task", "parts"]
+__all__ = ["COMPOSITES", "Part", "bound", "bound_options", "last_task", "parts"]
 
 COMPOSITES: Final = frozenset({"chain", "group", "chord"})
 _CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
@@ -82,7 +82,7 @@ def last_task(signature: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def bound(signature: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> Signature[Any]:
     """A copy of a signature, every part of which carries the headers."""
     options = dict(signature.get("options") or {})
-    options |= bound_links(options, headers, app)
+    options |= bound_options(options, headers, app)
     kwargs = dict(signature.get("kwargs") or {})
     match signature.get("subtask_type"):
         case "chain" | "group":
@@ -105,10 +105,28 @@ def bound(signature: Mapping[str, Any], headers: Mapping[str, Any], app: Celery)
     return kind.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
 
 
-def bound_links(options: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
-    """The links among a launch's or a signature's options, copied and carrying the headers."""
-    return {
-        key: [bound(part, headers, app) for part in _listed(options[key])]
-        for key in ("link", "link_error")
+def bound_options(options: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
+    """The signatures among a launch's or a signature's options, copied and carrying the headers.
+
+    ``chain`` is what Celery publishes after a task, ``chord`` the body of the chord that it is in.
+    """
+    found: dict[str, Any] = {
+        key: [_carrying(part, headers, app) for part in _listed(options[key])]
+        for key in ("link", "link_error", "chain")
         if options.get(key)
     }
+    if options.get("chord"):
+        found["chord"] = _carrying(options["chord"], headers, app)
+    return found
+
+
+def _carrying(signature: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> Mapping[str, Any]:
+    """The signature itself if nothing is to be added: each step of a chain publishes the rest of it again."""
+    if headers.keys() == {HEADER} and all(map(_is_bound, parts(signature))):
+        return signature
+    return bound(signature, headers, app)
+
+
+def _is_bound(part: Part) -> bool:
+    options = part.signature.get("options") or {}
+    return part.signature.get("subtask_type") in COMPOSITES or find(options.get("headers")) is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -271,6 +271,28 @@ def resolve_tenant(
     ambient = tenant_var.get()
     if ambient is not None:
         named.append(("the active tenant", ambient))
+    return agreed(named)
+
+
+def tenant_in(arguments: Mapping[str, Any] | None) -> TenantContext | None:
+    """The tenant that ``organization_id=`` and ``user_id=`` name among a task's keyword arguments, if they do.
+
+    Raises:
+        InvalidTenantError: there are such arguments, and they are no ids.
+    """
+    if not arguments or arguments.get("organization_id") is None:
+        return None
+    return TenantContext(arguments["organization_id"], arguments.get("user_id"))
+
+
+def agreed(named: Sequence[tuple[str, TenantContext]]) -> TenantContext | None:
+    """The one tenant that several sources, each with what it is called, name.
+
+    Where they agree, what one of them leaves out is taken from the next, in that order.
+
+    Raises:
+        TenantConflictError: two of them name different organizations, or different users.
+    """
     if not named:
         return None
     source, tenant = named[0]

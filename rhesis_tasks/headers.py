@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .context import TenantContext, current_tenant
+from .context import TenantContext, agreed, current_tenant
 from .errors import HeaderError, InvalidTenantError
 from .variables import MISSING, registered_vars
 
@@ -139,15 +139,11 @@ def find(carrier: Mapping[str, Any] | None) -> object:
 
     Flat ``organization_id`` / ``user_id`` headers, as applications sent them before they used this library,
     count as a header.
+
+    Raises:
+        TenantConflictError: there are both, and they name different tenants.
     """
-    if not carrier:
-        return None
-    value = carrier.get(HEADER)
-    if value is not None:
-        return value
-    if carrier.get("organization_id") is not None:
-        return {"v": VERSION, **{key: carrier[key] for key in _FLAT_KEYS if carrier.get(key) is not None}}
-    return None
+    return _one_of(carrier.get(HEADER), _flat(carrier)) if carrier else None
 
 
 def carried_by(request: object) -> object:
@@ -155,12 +151,29 @@ def carried_by(request: object) -> object:
 
     A message's headers become attributes of the request, and its ``headers``.  Eager requests have only those;
     and where another library nests a ``headers`` of its own in the message, only the attributes have ours.
+
+    Raises:
+        TenantConflictError: there are flat headers too, and they name another tenant.
     """
     attributes = vars(request)
     nested = attributes.get("headers")
-    carriers = (attributes, nested if isinstance(nested, Mapping) else {})
-    for carrier in carriers:
-        if carrier.get(HEADER) is not None:
-            return carrier[HEADER]
-    # The flat form last: the attributes organization_id and user_id are also set by us.
-    return find(carriers[1]) or find(carriers[0])
+    if not isinstance(nested, Mapping):
+        nested = {}
+    own = attributes.get(HEADER)
+    # The attributes organization_id and user_id are also set by us, so that the headers count first.
+    return _one_of(nested.get(HEADER) if own is None else own, _flat(nested) or _flat(attributes))
+
+
+def _flat(carrier: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The header that flat headers amount to."""
+    if carrier.get("organization_id") is None:
+        return None
+    return {"v": VERSION, **{key: carrier[key] for key in _FLAT_KEYS if carrier.get(key) is not None}}
+
+
+def _one_of(own: object, flat: dict[str, Any] | None) -> object:
+    if own is None or flat is None:
+        return flat if own is None else own
+    named = [("the context header", decode(own).tenant), ("the tenant in the flat headers", decode(flat).tenant)]
+    agreed([(source, tenant) for source, tenant in named if tenant is not None])
+    return own

@@ -13,7 +13,7 @@ from celery.canvas import Signature, maybe_signature
 from celery.local import Proxy
 from kombu.utils.uuid import uuid
 
-from .canvas import COMPOSITES, Part, bound, bound_links, last_task, parts
+from .canvas import COMPOSITES, Part, bound, bound_options, last_task, parts
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
 from .propagation import installed_apps, is_installed, outgoing_envelope, recorded, with_context
@@ -86,7 +86,7 @@ def launch_with_context(
         _check_parts(app, whole, args, kwargs)
         headers = launch_options.pop("headers", None)
         headers = with_context(headers, outgoing_envelope(headers))
-        launch_options |= bound_links(launch_options, headers, app)
+        launch_options |= bound_options(launch_options, headers, app)
         with _recorded(app, signature, launch_options):
             return bound(signature, headers, app).apply_async(args, kwargs, **launch_options)
 
@@ -171,7 +171,8 @@ def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...
     for part in parts(signature, given):
         name = part.signature["task"]
         headers = (part.signature.get("options") or {}).get("headers")
-        named = outgoing_envelope(headers).tenant
+        task = app.tasks.get(name)
+        named = outgoing_envelope(headers, task, part.signature.get("kwargs")).tenant
         if launcher is not None and named is not None and not same_tenant(launcher, named):
             raise TenantConflictError(
                 f"{name} is bound to {named} by its headers, but is launched for {launcher}.  Launch what belongs to "
@@ -179,9 +180,8 @@ def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...
                 first=named,
                 second=launcher,
             )
-        task = app.tasks.get(name)
         if isinstance(task, BaseTask):
-            task.check_launch(headers)
+            task.check_launch(headers, part.signature.get("kwargs"))
         if task is not None and part.given is not None and part.signature.get("subtask_type") not in COMPOSITES:
             _check_arguments(task, part)
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun
 from kombu.utils.uuid import uuid
 
-from .context import exactly
-from .errors import HeaderError, NotConfiguredError
+from .canvas import bound_options
+from .context import agreed, exactly, tenant_in
+from .errors import ContextError, NotConfiguredError
 from .headers import HEADER, Envelope, capture, carried_by, decode, encode, find
 from .variables import Activation
 
@@ -39,6 +40,7 @@ __all__ = [
     "recorded",
     "renew",
     "require_restored",
+    "restored",
     "uninstall",
     "with_context",
 ]
@@ -73,11 +75,14 @@ def install(app: Celery) -> None:
                 "configure(app, broker_url=...)"
             )
         headers = options.get("headers")
-        check_launch = getattr(app.tasks.get(name), "check_launch", None)
+        task = app.tasks.get(name)
+        check_launch = getattr(task, "check_launch", None)
         if check_launch is not None:
-            check_launch(headers)
-        envelope = outgoing_envelope(headers)
+            check_launch(headers, kwargs)
+        envelope = outgoing_envelope(headers, task, kwargs)
         options["headers"] = with_context(headers, envelope)
+        # What is published after it, by a worker and from whatever context, is bound now.
+        options |= bound_options(options, with_context(None, outgoing_envelope(headers)), app)
         task_id = task_id or uuid()
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
@@ -118,14 +123,38 @@ def installed_apps() -> list[Celery]:
 # --- publishing ----------------------------------------------------------------------------------------------
 
 
-def outgoing_envelope(headers: Mapping[str, Any] | None) -> Envelope:
+def outgoing_envelope(
+    headers: Mapping[str, Any] | None, task: object = None, kwargs: Mapping[str, Any] | None = None
+) -> Envelope:
     """What a message about to be published will carry: its own header if it has one, else the running context.
+
+    Args:
+        headers: those that it is launched with.
+        task: the task, if it is known here: one that belongs to no tenant, or takes its tenant from its arguments.
+        kwargs: the task's keyword arguments.
 
     Raises:
         HeaderError: it has a header that cannot be read.
+        TenantConflictError: the arguments name another tenant.
+        InvalidTenantError: the arguments name something that is no tenant.
     """
     own = find(headers)
-    return capture() if own is None else decode(own)
+    if own is None:
+        return _of_task(capture(), "the active tenant", task, kwargs)
+    return _of_task(decode(own), "the header", task, kwargs)
+
+
+def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None) -> Envelope:
+    """What is carried, as far as the task wants it."""
+    if getattr(task, "system", False):
+        return Envelope(None, envelope.variables)
+    if not getattr(task, "tenant_in_arguments", False):
+        return envelope
+    named = tenant_in(kwargs)
+    if named is None:
+        return envelope
+    carried = [(source, envelope.tenant)] if envelope.tenant else []
+    return Envelope(agreed([*carried, ("the tenant in the arguments", named)]), envelope.variables)
 
 
 def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[str, Any]:
@@ -167,14 +196,15 @@ def _lineage(app: Celery, options: Mapping[str, Any]) -> dict[str, str | None]:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def envelope_of(request: Context) -> Envelope | None:
-    """What the message behind a task request carried; None if it had no header.
+def envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
+    """What the message behind a task's request carried, or an older caller's arguments name.
 
     Raises:
         HeaderError: its header cannot be read.
+        TenantConflictError, InvalidTenantError: its arguments name another tenant, or something that is none.
     """
     value = carried_by(request)
-    return None if value is None else decode(value)
+    return _of_task(Envelope() if value is None else decode(value), "the message's header", task, request.kwargs)
 
 
 def carried_header(request: Context) -> dict[str, Any]:
@@ -187,21 +217,21 @@ def require_restored(request: Context) -> None:
     """Check that the context which the message carried could be restored.
 
     Raises:
-        HeaderError: it could not be read, so that nothing may be done in its name.
+        ContextError: it could not be, so that nothing may be done in its name.
     """
     refusal = vars(request).get(_REFUSAL)
     if refusal is not None:
         raise refusal
 
 
-def begin(request: Context) -> None:
+def begin(task: Task[Any, Any], request: Context) -> None:
     """Make sure that the running context is the one that the message carried, right before the body.
 
     It is already, unless somebody else's ``task_prerun`` changed it, or ours did not come to its end.
     """
     activation = vars(request).get(_ACTIVATION)
     if activation is None:
-        _restore(request)
+        _restore(task, request)
     else:
         activation.renew()
 
@@ -214,12 +244,12 @@ def renew(request: Context) -> None:
 
 
 @contextmanager
-def as_launched(request: Context) -> Iterator[None]:
+def as_launched(task: Task[Any, Any], request: Context) -> Iterator[None]:
     """The context that the message carried, whatever scope the body is in at the moment."""
-    envelope = envelope_of(request)
-    if envelope is None:
+    if request.called_directly:
         yield
         return
+    envelope = envelope_of(task, request)
     activation = Activation(envelope.tenant, envelope.variables)
     try:
         yield
@@ -227,12 +257,22 @@ def as_launched(request: Context) -> Iterator[None]:
         activation.undo()
 
 
-def _restore(request: Context) -> None:
+@contextmanager
+def restored(task: Task[Any, Any], request: Context) -> Iterator[None]:
+    """The context that a request carried, for a block outside of the task's body."""
+    _restore(task, request)
+    try:
+        yield
+    finally:
+        vars(request).pop(_ACTIVATION).undo()
+
+
+def _restore(task: Task[Any, Any], request: Context) -> None:
     """Set the context that a request carried, and name the tenant on it as applications read it."""
     try:
-        envelope = envelope_of(request) or Envelope()
+        envelope = envelope_of(task, request)
         activation = Activation(envelope.tenant, envelope.variables)
-    except HeaderError as error:
+    except ContextError as error:
         # BaseTask refuses the work; until then nothing of whatever ran here before may show.
         vars(request)[_REFUSAL] = error
         envelope = Envelope()
@@ -246,7 +286,7 @@ def _restore(request: Context) -> None:
 def _enter(sender: Task[Any, Any], **_: Any) -> None:
     """task_prerun: the context of the message becomes the running one."""
     if sender.app in _apps:
-        _restore(sender.request)
+        _restore(sender, sender.request)
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from celery import Task
@@ -16,7 +17,7 @@ from celery._state import _task_stack  # type: ignore[attr-defined]  # left out 
 from celery.exceptions import Ignore, Reject, Retry
 from typing_extensions import override
 
-from .context import TenantContext, current_tenant, require_tenant
+from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, TaskDefinitionError
 from .logs import TaskLogger
 from .propagation import (
@@ -55,6 +56,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     """A task that carries the context."""
 
     abstract = True
+    Request = "rhesis_tasks.request:ContextRequest"
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +65,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if _is_plain_call(request):
             return self._call_directly(args, kwargs)
         vars(request)[_RUNNING] = True
-        begin(request)
+        begin(self, request)
         try:
             return self.run(*args, **kwargs)
         finally:
@@ -96,13 +98,13 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     @override
     def replace(self, sig: Any) -> Any:
         """As Celery's; the replacement works for the same tenant, whatever scope the body is in."""
-        with as_launched(self.request):
+        with as_launched(self, self.request):
             return super().replace(sig)
 
     @override
     def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
         """As Celery's; what is added works for the same tenant, whatever scope the body is in."""
-        with as_launched(self.request):
+        with as_launched(self, self.request):
             return super().add_to_chord(sig, lazy)  # type: ignore[call-overload]
 
     @override
@@ -124,7 +126,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
         Publishing is what puts the header in, and nothing is published here.
         """
-        headers = with_context(headers, outgoing_envelope(headers))
+        headers = with_context(headers, outgoing_envelope(headers, self, kwargs))
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
@@ -144,12 +146,18 @@ class BaseTask(ContextTask):
     Attributes:
         tenant_required: whether the task is refused without a tenant, both where it is launched and in the
             worker, where its body does not run and a failure with the reason is stored.
+        system: whether the task's work belongs to no tenant: it never has one, whoever launches it, and its records
+            are no tenant's.  Where it acts for tenants, it opens a ``tenant_scope`` for each.
+        tenant_in_arguments: whether ``organization_id=`` and ``user_id=`` among the keyword arguments name the
+            tenant, as callers from before this library pass it.  Set it to False where they mean something else.
         retry_policy: what is tried again, and when.  Not used on a task that uses Celery's ``autoretry_for``.
     """
 
     abstract = True
 
     tenant_required: ClassVar[bool] = True
+    system: ClassVar[bool] = False
+    tenant_in_arguments: ClassVar[bool] = True
     retry_policy: ClassVar[RetryPolicy] = DEFAULT
 
     # --- for the body --------------------------------------------------------------------------------------
@@ -191,15 +199,17 @@ class BaseTask(ContextTask):
         Raises:
             MissingTenantError: the task needs a tenant, and none is active or in the headers.
             NotConfiguredError: the task's application was not configured.
+            TenantConflictError: the arguments name another tenant than the headers or the running code.
             TypeError: the arguments do not fit the task's signature.
         """
-        self.check_launch(options.get("headers"))
+        self.check_launch(options.get("headers"), kwargs)
         return super().apply_async(args, kwargs, task_id, *more, **options)
 
-    def check_launch(self, headers: Any = None) -> None:
+    def check_launch(self, headers: Any = None, kwargs: Any = None) -> None:
         """Raise what :meth:`apply_async` would raise for want of a tenant or of configuration."""
         self._refuse_unconfigured()
-        if self.tenant_required and outgoing_envelope(headers).tenant is None:
+        tenant = outgoing_envelope(headers, self, kwargs).tenant
+        if tenant is None and self.tenant_required and not self.system:
             raise MissingTenantError(
                 f"task {self.name} needs a tenant, and none is active.  Launch it with "
                 "launch_with_context(task, ..., current_user=user), or inside tenant_scope(...)"
@@ -219,12 +229,12 @@ class BaseTask(ContextTask):
         """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
         request = self.request
         if _is_plain_call(request):
-            self._refuse_without(current_tenant())
-            return super().__call__(*args, **kwargs)
+            with exactly(None) if self.system else nullcontext():
+                self._refuse_without(current_tenant())
+                return super().__call__(*args, **kwargs)
         self._refuse_unconfigured()
         require_restored(request)
-        envelope = envelope_of(request)
-        self._refuse_without(envelope.tenant if envelope else None)
+        self._refuse_without(envelope_of(self, request).tenant)
         try:
             return super().__call__(*args, **kwargs)
         except (Retry, Ignore, Reject):
@@ -236,7 +246,7 @@ class BaseTask(ContextTask):
             raise self.retry(exc=error, countdown=countdown, max_retries=self.retry_policy.max_retries) from error
 
     def _refuse_without(self, tenant: TenantContext | None) -> None:
-        if self.tenant_required and tenant is None:
+        if tenant is None and self.tenant_required and not self.system:
             raise MissingTenantError(
                 f"task {self.name} needs a tenant, and none came with its message or is active.  "
                 "Its body was not run.  Launch it from a configured application, with a tenant active"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhesis_tasks import TenantContext, register_context_var, tenant_scope
-from rhesis_tasks.errors import HeaderError, InvalidTenantError
+from rhesis_tasks.errors import HeaderError, InvalidTenantError, TenantConflictError
 from rhesis_tasks.headers import HEADER, MAX_BYTES, Envelope, capture, decode, encode, find
 from rhesis_tasks.propagation import with_context
 
@@ -254,10 +254,12 @@ def test_flat_headers_of_applications_count_as_a_header(headers: dict[str, Any],
     assert decode(find(headers)) == Envelope(tenant)
 
 
-def test_our_header_wins_over_flat_ones() -> None:
-    headers = {"organization_id": "globex", "user_id": "gus", HEADER: encode(Envelope(ACME))}
+def test_flat_headers_beside_ours_say_the_same_or_are_a_conflict() -> None:
+    ours = {HEADER: encode(Envelope(ACME))}
 
-    assert decode(find(headers)).tenant == ACME
+    assert decode(find({"organization_id": "acme", "user_id": "alice", **ours})).tenant == ACME
+    with pytest.raises(TenantConflictError, match=r"the context header names .*acme.* flat headers is .*globex"):
+        find({"organization_id": "globex", "user_id": "gus", **ours})
 
 
 # --- dicts of callers ------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ LAYERS = [
     {"errors", "states", "settings", "context", "variables", "headers"},
     {"rls"},
     {"postgres"},
-    {"retry", "propagation", "sessions", "logs"},
-    {"task", "canvas", "launch", "app"},
+    {"retry", "canvas", "propagation", "sessions", "logs"},
+    {"request", "task", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

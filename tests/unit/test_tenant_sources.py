@@ -1,0 +1,270 @@
+"""Whose work a task is, where something else than the active tenant says it: arguments, a system task, a canvas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+
+from rhesis_tasks import BaseTask, TenantContext, current_tenant, launch_with_context, tenant_scope
+from rhesis_tasks.errors import InvalidTenantError, MissingTenantError, TenantConflictError
+from rhesis_tasks.headers import HEADER, Envelope, encode, find
+
+ACME = TenantContext("acme", "alice")
+GLOBEX = TenantContext("globex", "gus")
+
+
+@pytest.fixture
+def seen() -> list[Any]:
+    """What the bodies of tasks noted."""
+    return []
+
+
+@pytest.fixture
+def report(app: Celery, seen: list[Any]) -> Any:
+    """A task as an application had it before: its callers pass the ids by hand."""
+
+    @app.task(base=BaseTask, name="report")
+    def report(number: int, organization_id: str | None = None, user_id: str | None = None) -> None:
+        seen.append((current_tenant(), organization_id))
+
+    return report
+
+
+@pytest.fixture
+def stranger(app: Celery, make_app: Callable[..., Celery]) -> Celery:
+    """An application that publishes to the same queue and knows nothing of this library."""
+    return make_app(configured=False, task_default_queue=app.conf.task_default_queue)
+
+
+# --- ids among the arguments -----------------------------------------------------------------------------------
+
+LAUNCHES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "delay": lambda task, ids: task.delay(1, **ids),
+    "apply_async": lambda task, ids: task.apply_async((1,), ids),
+    "send_task": lambda task, ids: task.app.send_task("report", (1,), ids),
+    "signature": lambda task, ids: task.s(1, **ids).delay(),
+    "launch_with_context": lambda task, ids: launch_with_context(task, 1, **ids),
+    "group": lambda task, ids: group(task.s(1, **ids)).delay(),
+    "eager": lambda task, ids: task.apply((1,), ids),
+}
+launches = pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+
+
+@launches
+def test_ids_among_the_arguments_name_the_tenant(
+    report: Any, launch: Callable[[Any, dict[str, Any]], Any], work_off: Any, seen: list[Any]
+) -> None:
+    launch(report, {"organization_id": "acme", "user_id": "alice"})
+    work_off(report.app)
+
+    assert seen == [(ACME, "acme")]
+
+
+@launches
+def test_ids_among_the_arguments_of_another_tenant_than_the_active_one_are_refused_at_the_call(
+    report: Any, launch: Callable[[Any, dict[str, Any]], Any], published: Any
+) -> None:
+    with tenant_scope(GLOBEX), pytest.raises(TenantConflictError, match=r"globex.*acme|acme.*globex"):
+        launch(report, {"organization_id": "acme", "user_id": "alice"})
+
+    assert published(report.app) == []
+
+
+@launches
+def test_ids_among_the_arguments_that_are_no_ids_are_refused_at_the_call(
+    report: Any, launch: Callable[[Any, dict[str, Any]], Any], published: Any
+) -> None:
+    with pytest.raises(InvalidTenantError, match="organization_id"):
+        launch(report, {"organization_id": ["acme"]})
+
+    assert published(report.app) == []
+
+
+@pytest.mark.parametrize("ids", [{"organization_id": "acme"}, {"organization_id": "acme", "user_id": "alice"}])
+def test_ids_among_the_arguments_may_say_what_the_active_tenant_says(
+    report: Any, ids: dict[str, Any], work_off: Any, seen: list[Any]
+) -> None:
+    with tenant_scope(ACME):
+        report.delay(1, **ids)
+    work_off(report.app)
+
+    assert seen == [(ACME, "acme")]
+
+
+def test_a_user_alone_among_the_arguments_is_an_argument(report: Any, work_off: Any, seen: list[Any]) -> None:
+    with tenant_scope(ACME):
+        report.delay(1, user_id="somebody the report is about")
+    work_off(report.app)
+
+    assert seen == [(ACME, None)]
+
+
+def test_a_task_can_say_that_its_arguments_mean_something_else(app: Celery, work_off: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask, name="share", tenant_in_arguments=False)
+    def share(organization_id: str) -> None:
+        seen.append((current_tenant(), organization_id))
+
+    with tenant_scope(ACME):
+        share.delay(organization_id="globex")
+    work_off(app)
+
+    assert seen == [(ACME, "globex")]
+
+
+def test_an_older_callers_message_is_for_the_tenant_in_its_arguments(
+    report: Any, stranger: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    stranger.send_task("report", (1,), {"organization_id": "acme", "user_id": "alice"})
+    work_off(report.app)
+
+    assert seen == [(ACME, "acme")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{HEADER: encode(Envelope(GLOBEX))}, {"organization_id": "globex"}],
+    ids=["ours", "flat"],
+)
+def test_a_message_whose_header_and_arguments_contradict_each_other_never_runs(
+    report: Any, stranger: Celery, headers: dict[str, Any], work_off: Any, seen: list[Any]
+) -> None:
+    stranger.send_task("report", (1,), {"organization_id": "acme"}, headers=headers, task_id="two tenants")
+    work_off(report.app)
+
+    result = report.app.AsyncResult("two tenants")
+    assert seen == []
+    assert isinstance(result.result, TenantConflictError)
+    assert "globex" in str(result.result)
+    assert "acme" in str(result.result)
+
+
+def test_a_message_whose_headers_contradict_each_other_never_runs(
+    report: Any, stranger: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    headers = {HEADER: encode(Envelope(GLOBEX)), "organization_id": "acme"}
+    stranger.send_task("report", (1,), headers=headers, task_id="two headers")
+    work_off(report.app)
+
+    assert seen == []
+    assert isinstance(report.app.AsyncResult("two headers").result, TenantConflictError)
+
+
+# --- work that belongs to no tenant ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(app: Celery, seen: list[Any]) -> Any:
+    """A task across tenants."""
+
+    @app.task(base=BaseTask, bind=True, name="sweep", system=True)
+    def sweep(self: BaseTask, *_: Any, organization_id: str | None = None) -> None:
+        seen.append((current_tenant(), self.request.organization_id))
+        for tenant in (ACME, GLOBEX):
+            with tenant_scope(tenant):
+                seen.append(current_tenant())
+
+    return sweep
+
+
+@pytest.mark.parametrize("active", [None, ACME])
+@launches
+def test_a_system_task_has_no_tenant_whoever_launches_it(
+    app: Celery,
+    sweep: Any,
+    active: TenantContext | None,
+    launch: Callable[[Any, dict[str, Any]], Any],
+    work_off: Any,
+    seen: list[Any],
+) -> None:
+    if launch is LAUNCHES["send_task"]:
+        launch = lambda task, _: task.app.send_task("sweep")  # noqa: E731
+    if active is None:
+        launch(sweep, {})
+    else:
+        with tenant_scope(active):
+            launch(sweep, {"organization_id": "acme"})
+    work_off(app)
+
+    assert seen == [(None, None), ACME, GLOBEX]
+
+
+def test_a_system_task_has_no_tenant_though_its_message_names_one(
+    sweep: Any, stranger: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    stranger.send_task("sweep", headers={HEADER: encode(Envelope(ACME))})
+    work_off(sweep.app)
+
+    assert seen == [(None, None), ACME, GLOBEX]
+
+
+def test_a_system_task_called_as_a_function_has_no_tenant(sweep: Any, seen: list[Any]) -> None:
+    with tenant_scope(ACME):
+        sweep()
+        assert current_tenant() == ACME
+
+    assert seen == [(None, None), ACME, GLOBEX]
+
+
+def test_what_a_system_task_launches_needs_a_scope(app: Celery, report: Any, work_off: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask, name="for each", system=True)
+    def for_each() -> None:
+        with pytest.raises(MissingTenantError):
+            report.delay(0)
+        for number, tenant in enumerate((ACME, GLOBEX)):
+            with tenant_scope(tenant):
+                report.delay(number)
+
+    for_each.delay()
+    work_off(app)
+
+    assert seen == [(ACME, None), (GLOBEX, None)]
+
+
+def test_what_follows_a_system_task_in_a_canvas_is_the_launchers(
+    app: Celery, sweep: Any, report: Any, work_off: Any, seen: list[Any]
+) -> None:
+    with tenant_scope(ACME):
+        chain(sweep.s(), report.si(1)).delay()
+    work_off(app)
+
+    assert seen == [(None, None), ACME, GLOBEX, (ACME, None)]
+
+
+# --- a canvas that is launched in Celery's own way -------------------------------------------------------------
+
+CANVASES: dict[str, Callable[[Any], Any]] = {
+    "chain": lambda task: chain(task.si(1), task.si(2), task.si(3)),
+    "chord": lambda task: chord([task.si(1), task.si(2)], task.si(3)),
+    "chain with a group": lambda task: chain(task.si(1), group(task.si(2), task.si(3)), task.si(4)),
+    "chord in a chain": lambda task: chain(task.si(1), chord([task.si(2)], task.si(3)), task.si(4)),
+    "links": lambda task: task.si(1).on_error(task.si(2)).set(link=[task.si(3)]),
+}
+
+
+@pytest.mark.parametrize("canvas", CANVASES.values(), ids=CANVASES)
+def test_every_part_is_bound_when_the_canvas_is_launched(
+    report: Any, canvas: Callable[[Any], Any], published: Any, embedded: Any
+) -> None:
+    whole = canvas(report)
+    before = repr(whole), dict(whole)
+    with tenant_scope(ACME):
+        whole.delay()
+
+    messages = published(report.app)
+    later = [signature for message in messages for signature in embedded(message)]
+    bound: list[Any] = [find(signature["options"].get("headers")) for signature in later]
+    assert [message.organization for message in messages] == ["acme"] * len(messages)
+    assert [header and header["organization_id"] for header in bound] == ["acme"] * len(later) != []
+    assert (repr(whole), dict(whole)) == before, "the caller's canvas can be launched again, for somebody else"
+
+
+def test_a_part_that_was_bound_to_another_tenant_stays_so(report: Any, work_off: Any, seen: list[Any]) -> None:
+    others = report.si(2).set(headers={HEADER: encode(Envelope(GLOBEX))})
+    with tenant_scope(ACME):
+        chain(report.si(1), others, report.si(3)).delay()
+    work_off(report.app)
+
+    assert [tenant for tenant, _ in seen] == [ACME, GLOBEX, ACME]

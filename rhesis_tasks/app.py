@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 from celery.app.defaults import SETTING_KEYS
 
 from . import logs, propagation
-from .errors import ConfigurationError, NotSupportedError
+from .errors import ConfigurationError
 from .sessions import TenantSessions, sessions_of, use_sessions
 from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
+from .signing import Signer
 from .task import ContextTask
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class _Configuration:
     result_backend: str | None
     schema: str
     sessions: TenantSessions | None
+    signing_keys: tuple[str | bytes, ...]
     overrides: tuple[tuple[str, Any], ...]
 
 
@@ -80,7 +82,8 @@ def configure(
         broker_url: by default BROKER_URL, else the database.
         result_backend: by default CELERY_RESULT_BACKEND, else the database.
         sessions: the sessions that tasks use; by default made from the database URL.
-        signing_keys: reserved; signed context is not available yet.
+        signing_keys: secrets of at least 16 bytes, newest first, the same for publishers and workers.  With them the
+            context is signed, and a task whose context is not, or by nobody who has a key, never runs.
         schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
         **overrides: any Celery setting by its lower-case name.
 
@@ -91,8 +94,7 @@ def configure(
     unknown = sorted(set(overrides) - SETTING_KEYS)
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
-    if signing_keys:
-        raise NotSupportedError("signing_keys= is reserved: signed context is not available in this version")
+    signer = Signer(signing_keys) if signing_keys else None
     environ = os.environ
     database_url = database_url or environ.get("DATABASE_URL") or None
     if database_url is not None:
@@ -100,7 +102,13 @@ def configure(
     broker = broker_url or environ.get("BROKER_URL") or None
     results = result_backend or environ.get("CELERY_RESULT_BACKEND") or None
     wanted = _Configuration(
-        database_url, broker, results, schema_name(schema), sessions, tuple(sorted(overrides.items()))
+        database_url,
+        broker,
+        results,
+        schema_name(schema),
+        sessions,
+        tuple(signing_keys),
+        tuple(sorted(overrides.items())),
     )
     known = _configured.get(app)
     if known is not None:
@@ -126,7 +134,7 @@ def configure(
     if sessions is None and database_url is not None:
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
-    propagation.install(app)
+    propagation.install(app, signer)
     logs.install()
     _configured[app] = wanted
 

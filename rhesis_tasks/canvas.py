@@ -6,20 +6,22 @@ is passed in is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from celery.canvas import Signature
-
-from .headers import HEADER, find
 
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["COMPOSITES", "Part", "bound", "bound_options", "last_task", "parts"]
+__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "last_task", "parts"]
 
 COMPOSITES: Final = frozenset({"chain", "group", "chord"})
 _CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+
+
+Carry: TypeAlias = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+"""Makes of a part's task and its headers those that it shall have: the same object if they have all."""
 
 
 class Part(NamedTuple):
@@ -79,54 +81,48 @@ def last_task(signature: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return last  # type: ignore[no-any-return]
 
 
-def bound(signature: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> Signature[Any]:
-    """A copy of a signature, every part of which carries the headers."""
+def bound(signature: Mapping[str, Any], carry: Carry, app: Celery) -> Signature[Any]:
+    """A copy of a signature, every part of which has the headers that ``carry`` makes of its own."""
     options = dict(signature.get("options") or {})
-    options |= bound_options(options, headers, app)
+    options |= bound_options(options, carry, app)
     kwargs = dict(signature.get("kwargs") or {})
     match signature.get("subtask_type"):
         case "chain" | "group":
-            kwargs["tasks"] = [bound(part, headers, app) for part in kwargs["tasks"]]
+            kwargs["tasks"] = [bound(part, carry, app) for part in kwargs["tasks"]]
         case "chord":
             header, body = kwargs["header"], kwargs["body"]
             kwargs["header"] = (
-                bound(header, headers, app)
+                bound(header, carry, app)
                 if isinstance(header, Mapping)
-                else [bound(part, headers, app) for part in header]
+                else [bound(part, carry, app) for part in header]
             )
-            kwargs["body"] = None if body is None else bound(body, headers, app)
+            kwargs["body"] = None if body is None else bound(body, carry, app)
         case _:
-            # Only tasks, since Celery lets the headers of a whole replace those of its parts.  One that is bound
-            # already stays so.
-            own = options.get("headers") or {}
-            added = headers if find(own) is None else {key: value for key, value in headers.items() if key != HEADER}
-            options["headers"] = {**added, **own}
+            # Only tasks, since Celery lets the headers of a whole replace those of its parts.
+            options["headers"] = carry(signature["task"], options.get("headers") or {})
     kind = type(signature) if isinstance(signature, Signature) else Signature
     return kind.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
 
 
-def bound_options(options: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
-    """The signatures among a launch's or a signature's options, copied and carrying the headers.
+def bound_options(options: Mapping[str, Any], carry: Carry, app: Celery) -> dict[str, Any]:
+    """The signatures among a launch's or a signature's options, copied and bound.
 
     ``chain`` is what Celery publishes after a task, ``chord`` the body of the chord that it is in.
     """
     found: dict[str, Any] = {
-        key: [_carrying(part, headers, app) for part in _listed(options[key])]
+        key: [_carrying(part, carry, app) for part in _listed(options[key])]
         for key in ("link", "link_error", "chain")
         if options.get(key)
     }
     if options.get("chord"):
-        found["chord"] = _carrying(options["chord"], headers, app)
+        found["chord"] = _carrying(options["chord"], carry, app)
     return found
 
 
-def _carrying(signature: Mapping[str, Any], headers: Mapping[str, Any], app: Celery) -> Mapping[str, Any]:
+def _carrying(signature: Mapping[str, Any], carry: Carry, app: Celery) -> Mapping[str, Any]:
     """The signature itself if nothing is to be added: each step of a chain publishes the rest of it again."""
-    if headers.keys() == {HEADER} and all(map(_is_bound, parts(signature))):
-        return signature
-    return bound(signature, headers, app)
-
-
-def _is_bound(part: Part) -> bool:
-    options = part.signature.get("options") or {}
-    return part.signature.get("subtask_type") in COMPOSITES or find(options.get("headers")) is not None
+    for part, _ in parts(signature):
+        own = (part.get("options") or {}).get("headers") or {}
+        if part.get("subtask_type") not in COMPOSITES and carry(part["task"], own) is not own:
+            return bound(signature, carry, app)
+    return signature

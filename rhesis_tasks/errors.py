@@ -20,6 +20,7 @@ __all__ = [
     "NotSupportedError",
     "RhesisTasksError",
     "SchemaError",
+    "SignatureError",
     "TaskArgumentsError",
     "TaskDefinitionError",
     "TenantConflictError",
@@ -96,6 +97,10 @@ class HeaderError(ContextError):
     def __reduce__(self) -> tuple[type[HeaderError], tuple[str]]:
         # The offending header may hold anything; only its description goes to the result backend.
         return type(self), (str(self),)
+
+
+class SignatureError(HeaderError):
+    """The context header of a message is not signed, or not by us.  The task's body was not run."""
 
 
 class TaskDefinitionError(RhesisTasksError, TypeError):

@@ -16,10 +16,22 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .context import TenantContext, agreed, current_tenant
-from .errors import HeaderError, InvalidTenantError
-from .variables import MISSING, registered_vars
+from .errors import ContextError, HeaderError, InvalidTenantError
+from .variables import MISSING, Activation, registered_vars
 
-__all__ = ["HEADER", "MAX_BYTES", "Envelope", "capture", "carried_by", "decode", "encode", "find"]
+__all__ = [
+    "HEADER",
+    "MAX_BYTES",
+    "Envelope",
+    "RequestState",
+    "capture",
+    "carried_by",
+    "decode",
+    "encode",
+    "find",
+    "keep_state",
+    "state_of",
+]
 
 HEADER: Final = "rhesis_tasks"
 VERSION: Final = 1
@@ -39,6 +51,31 @@ class Envelope:
 
     def __bool__(self) -> bool:
         return self.tenant is not None or bool(self.variables)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RequestState:
+    """What is known of a task's request while it is dealt with.  Kept on the request, never keyed by task id."""
+
+    activation: Activation | None
+    tenant: TenantContext | None  #: whose work it is, and its record
+    refusal: ContextError | None = None  #: why nothing may be done for the message
+    is_running: bool = False  #: its body is
+    has_retried: bool = False  #: its body has called self.retry()
+
+
+_STATE: Final = "rhesis_tasks_state"
+
+
+def state_of(request: object) -> RequestState | None:
+    """The state of a task's request; None before it is known, whatever headers a message has."""
+    state = vars(request).get(_STATE)
+    return state if isinstance(state, RequestState) else None
+
+
+def keep_state(request: object, state: RequestState) -> None:
+    """Keep the state of a task's request."""
+    vars(request)[_STATE] = state
 
 
 def capture(tenant: TenantContext | None = None) -> Envelope:

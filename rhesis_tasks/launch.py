@@ -16,7 +16,8 @@ from kombu.utils.uuid import uuid
 from .canvas import COMPOSITES, Part, bound, bound_options, last_task, parts
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
-from .propagation import installed_apps, is_installed, outgoing_envelope, recorded, with_context
+from .headers import HEADER
+from .propagation import carrier, installed_apps, is_installed, outgoing_envelope, recorded
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -84,11 +85,13 @@ def launch_with_context(
         # The options of the launch replace those of the signature, headers included.
         whole = {**signature, "options": {**(signature.get("options") or {}), **launch_options}}
         _check_parts(app, whole, args, kwargs)
-        headers = launch_options.pop("headers", None)
-        headers = with_context(headers, outgoing_envelope(headers))
-        launch_options |= bound_options(launch_options, headers, app)
+        headers = launch_options.pop("headers", None) or {}
+        envelope = outgoing_envelope(headers)
+        more = {key: value for key, value in headers.items() if key != HEADER}
+        carry = carrier(app, envelope, more)
+        launch_options |= bound_options(launch_options, carry, app)
         with _recorded(app, signature, launch_options):
-            return bound(signature, headers, app).apply_async(args, kwargs, **launch_options)
+            return bound(signature, carry, app).apply_async(args, kwargs, **launch_options)
 
 
 async def alaunch_with_context(

@@ -18,10 +18,22 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun
 from kombu.utils.uuid import uuid
 
-from .canvas import bound_options
-from .context import agreed, exactly, tenant_in
-from .errors import ContextError, NotConfiguredError
-from .headers import HEADER, Envelope, capture, carried_by, decode, encode, find
+from .canvas import Carry, bound_options
+from .context import TenantContext, agreed, exactly, tenant_in
+from .errors import ContextError, HeaderError, NotConfiguredError
+from .headers import (
+    HEADER,
+    Envelope,
+    RequestState,
+    capture,
+    carried_by,
+    decode,
+    encode,
+    find,
+    keep_state,
+    state_of,
+)
+from .signing import Signer, is_signed
 from .variables import Activation
 
 if TYPE_CHECKING:
@@ -32,6 +44,7 @@ __all__ = [
     "as_launched",
     "begin",
     "carried_header",
+    "carrier",
     "envelope_of",
     "install",
     "installed_apps",
@@ -39,21 +52,19 @@ __all__ = [
     "outgoing_envelope",
     "recorded",
     "renew",
-    "require_restored",
+    "require_genuine",
     "restored",
     "uninstall",
     "with_context",
 ]
 
-_apps: weakref.WeakSet[Celery] = weakref.WeakSet()
+_apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
 _UID = "rhesis_tasks.propagation"
-# Attributes of a request: what to undo after it, and why its context could not be restored.
-_ACTIVATION = "rhesis_tasks_activation"
-_REFUSAL = "rhesis_tasks_refusal"
+_BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
-def install(app: Celery) -> None:
-    """Let every message of ``app`` carry the context; calling it again changes nothing."""
+def install(app: Celery, signer: Signer | None = None) -> None:
+    """Let every message of ``app`` carry the context, signed if there is a signer; again it changes nothing."""
     if app in _apps:
         return
     send_task = app.send_task
@@ -79,11 +90,13 @@ def install(app: Celery) -> None:
         check_launch = getattr(task, "check_launch", None)
         if check_launch is not None:
             check_launch(headers, kwargs)
-        envelope = outgoing_envelope(headers, task, kwargs)
-        options["headers"] = with_context(headers, envelope)
-        # What is published after it, by a worker and from whatever context, is bound now.
-        options |= bound_options(options, with_context(None, outgoing_envelope(headers)), app)
         task_id = task_id or uuid()
+        require_genuine(app, headers, name, task_id)
+        envelope = outgoing_envelope(headers, task, kwargs)
+        if any(map(options.get, _BOUND)):
+            # What is published after it, by a worker and from whatever context, is bound now.
+            options |= bound_options(options, carrier(app, outgoing_envelope(headers)), app)
+        options["headers"] = with_context(app, headers, envelope, name, task_id)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
@@ -97,14 +110,14 @@ def install(app: Celery) -> None:
     app.send_task = send_task_with_context  # type: ignore[method-assign]
     task_prerun.connect(_enter, weak=False, dispatch_uid=f"{_UID}.enter")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
-    _apps.add(app)
+    _apps[app] = signer
 
 
 def uninstall(app: Celery) -> None:
     """Undo :func:`install`."""
     if app in _apps:
         del app.send_task
-        _apps.discard(app)
+        del _apps[app]
     if not _apps:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
@@ -157,12 +170,52 @@ def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str,
     return Envelope(agreed([*carried, ("the tenant in the arguments", named)]), envelope.variables)
 
 
-def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[str, Any]:
-    """A copy of a message's headers that carries the envelope.
+def with_context(
+    app: Celery, headers: Mapping[str, Any] | None, envelope: Envelope, task: str, task_id: str | None
+) -> dict[str, Any]:
+    """A copy of a message's headers that carries the envelope; without an id, of a part of a canvas.
 
     A copy, since callers reuse their dicts: a mutated one would take one tenant along into the next publish.
     """
-    return {**(headers or {}), HEADER: encode(envelope)}
+    header = encode(envelope)
+    signer = _apps.get(app)
+    return {**(headers or {}), HEADER: header if signer is None else signer.sign(header, task, task_id)}
+
+
+def require_genuine(app: Celery, headers: Mapping[str, Any] | None, task: str, task_id: str) -> None:
+    """Check that a worker does not sign what came to it unsigned, as part of a canvas or for a retry.
+
+    Headers that are given where nothing is run are the application's own.
+
+    Raises:
+        SignatureError: the headers have a context that is not signed.
+    """
+    signer = _apps.get(app)
+    if signer is None or app.current_worker_task is None:
+        return
+    own = find(headers)
+    if own is not None and not signer.accepts(own, task, task_id):
+        signer.check(own, task, None)
+
+
+def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = None) -> Carry:
+    """What binds the parts of a canvas to an envelope.  One that is bound already stays so.
+
+    Args:
+        more: other headers for all parts.
+    """
+    signer = _apps.get(app)
+
+    def carry(task: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
+        header = find(own)
+        if header is None:
+            return with_context(app, {**(more or {}), **own}, envelope, task, None)
+        if signer is not None and not is_signed(header):
+            require_genuine(app, own, task, "")
+            return with_context(app, {**(more or {}), **own}, decode(header), task, None)
+        return {**more, **own} if more else own
+
+    return carry
 
 
 @contextmanager
@@ -200,11 +253,17 @@ def envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
     """What the message behind a task's request carried, or an older caller's arguments name.
 
     Raises:
-        HeaderError: its header cannot be read.
+        HeaderError: its header cannot be read, or is not signed where it should be.
         TenantConflictError, InvalidTenantError: its arguments name another tenant, or something that is none.
     """
     value = carried_by(request)
-    return _of_task(Envelope() if value is None else decode(value), "the message's header", task, request.kwargs)
+    signer = _apps.get(task.app)
+    if signer is not None:
+        signer.check(value, task.name, request.id)
+    envelope = Envelope() if value is None else decode(value)
+    if signer is not None and envelope.tenant is None:
+        return envelope  # arguments are not signed, so they name no tenant
+    return _of_task(envelope, "the message's header", task, request.kwargs)
 
 
 def carried_header(request: Context) -> dict[str, Any]:
@@ -213,34 +272,23 @@ def carried_header(request: Context) -> dict[str, Any]:
     return {} if value is None else {HEADER: value}
 
 
-def require_restored(request: Context) -> None:
-    """Check that the context which the message carried could be restored.
-
-    Raises:
-        ContextError: it could not be, so that nothing may be done in its name.
-    """
-    refusal = vars(request).get(_REFUSAL)
-    if refusal is not None:
-        raise refusal
-
-
-def begin(task: Task[Any, Any], request: Context) -> None:
+def begin(task: Task[Any, Any], request: Context) -> RequestState:
     """Make sure that the running context is the one that the message carried, right before the body.
 
     It is already, unless somebody else's ``task_prerun`` changed it, or ours did not come to its end.
     """
-    activation = vars(request).get(_ACTIVATION)
-    if activation is None:
-        _restore(task, request)
-    else:
-        activation.renew()
+    state = state_of(request)
+    if state is None:
+        return _restore(task, request)
+    renew(request)
+    return state
 
 
 def renew(request: Context) -> None:
     """Set the context as it was when the body began."""
-    activation = vars(request).get(_ACTIVATION)
-    if activation is not None:
-        activation.renew()
+    state = state_of(request)
+    if state is not None and state.activation is not None:
+        state.activation.renew()
 
 
 @contextmanager
@@ -264,23 +312,42 @@ def restored(task: Task[Any, Any], request: Context) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(request).pop(_ACTIVATION).undo()
+        _undo(request)
 
 
-def _restore(task: Task[Any, Any], request: Context) -> None:
+def _restore(task: Task[Any, Any], request: Context) -> RequestState:
     """Set the context that a request carried, and name the tenant on it as applications read it."""
+    refusal: ContextError | None = None
     try:
         envelope = envelope_of(task, request)
         activation = Activation(envelope.tenant, envelope.variables)
+        owner = envelope.tenant
     except ContextError as error:
-        # BaseTask refuses the work; until then nothing of whatever ran here before may show.
-        vars(request)[_REFUSAL] = error
-        envelope = Envelope()
-        activation = Activation(None, {})
+        # The work is refused; until then nothing of whatever ran here before may show.
+        refusal, envelope, activation = error, Envelope(), Activation(None, {})
+        owner = None if isinstance(error, HeaderError) else _named_by_header(request)
+    state = RequestState(activation=activation, tenant=owner, refusal=refusal)
+    keep_state(request, state)
     tenant = envelope.tenant
-    vars(request)[_ACTIVATION] = activation
     vars(request)["organization_id"] = tenant.organization_id if tenant else None
     vars(request)["user_id"] = tenant.user_id if tenant else None
+    return state
+
+
+def _named_by_header(request: Context) -> TenantContext | None:
+    """Whose record the failure of a refused message is: the launcher's, if its header can be read."""
+    try:
+        header = carried_by(request)
+        return None if header is None else decode(header).tenant
+    except ContextError:
+        return None
+
+
+def _undo(request: Context) -> None:
+    state = state_of(request)
+    if state is not None and state.activation is not None:
+        state.activation.undo()
+        state.activation = None
 
 
 def _enter(sender: Task[Any, Any], **_: Any) -> None:
@@ -291,6 +358,4 @@ def _enter(sender: Task[Any, Any], **_: Any) -> None:
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:
     """task_postrun: what was there before comes back."""
-    activation = vars(sender.request).pop(_ACTIVATION, None)
-    if activation is not None:
-        activation.undo()
+    _undo(sender.request)

@@ -10,25 +10,26 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, Reject, Retry
+from kombu.utils.uuid import uuid
 from typing_extensions import override
 
 from .context import TenantContext, current_tenant, exactly, require_tenant
-from .errors import MissingTenantError, NotConfiguredError, TaskDefinitionError
+from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
+from .headers import state_of
 from .logs import TaskLogger
 from .propagation import (
     as_launched,
     begin,
     carried_header,
-    envelope_of,
     is_installed,
     outgoing_envelope,
     renew,
-    require_restored,
+    require_genuine,
     with_context,
 )
 from .retry import DEFAULT, RetryLater, RetryPolicy
@@ -42,14 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["BaseTask", "ContextTask"]
 
 
-# Attributes of a request: its body is running; it has called self.retry().
-_RUNNING: Final = "rhesis_tasks_running"
-_RETRIED: Final = "rhesis_tasks_retried"
-
-
 def _is_plain_call(request: Context) -> bool:
     """Whether a task is called as a function, from outside a worker or by its own body, and not by the worker."""
-    return bool(request.called_directly or _RUNNING in vars(request))
+    state = state_of(request)
+    return bool(request.called_directly or (state is not None and state.is_running))
 
 
 class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
@@ -64,8 +61,10 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         request = self.request
         if _is_plain_call(request):
             return self._call_directly(args, kwargs)
-        vars(request)[_RUNNING] = True
-        begin(self, request)
+        state = begin(self, request)
+        if isinstance(state.refusal, SignatureError):
+            raise state.refusal
+        state.is_running = True
         try:
             return self.run(*args, **kwargs)
         finally:
@@ -126,7 +125,9 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
         Publishing is what puts the header in, and nothing is published here.
         """
-        headers = with_context(headers, outgoing_envelope(headers, self, kwargs))
+        task_id = task_id or uuid()
+        require_genuine(self.app, headers, self.name, task_id)
+        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), self.name, task_id)
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
@@ -233,8 +234,10 @@ class BaseTask(ContextTask):
                 self._refuse_without(current_tenant())
                 return super().__call__(*args, **kwargs)
         self._refuse_unconfigured()
-        require_restored(request)
-        self._refuse_without(envelope_of(self, request).tenant)
+        state = begin(self, request)
+        if state.refusal is not None:
+            raise state.refusal
+        self._refuse_without(state.tenant)
         try:
             return super().__call__(*args, **kwargs)
         except (Retry, Ignore, Reject):
@@ -255,12 +258,15 @@ class BaseTask(ContextTask):
     @override
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """As Celery's; where it gives up, the retry policy is not asked again."""
-        vars(self.request)[_RETRIED] = True
+        state = state_of(self.request)
+        if state is not None:
+            state.has_retried = True
         return super().retry(*args, **kwargs)
 
     def _countdown_after(self, error: Exception) -> float | None:
         """Seconds until the next attempt; None if there is none."""
-        if getattr(self, "autoretry_for", ()) or _RETRIED in vars(self.request):
+        state = state_of(self.request)
+        if getattr(self, "autoretry_for", ()) or (state is not None and state.has_retried):
             return None  # Celery's own rules, or the body's self.retry(), have decided already
         decision = self.retry_policy.decide(error, self.request.retries)
         return decision.countdown if isinstance(decision, RetryLater) else None

@@ -21,8 +21,8 @@ from sqlalchemy import Connection, Engine, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
-from ..errors import DatabaseUnavailableError, HeaderError, MissingTenantError
-from ..headers import carried_by, decode
+from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError
+from ..headers import carried_by, decode, state_of
 from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
 from .connection import read_only
@@ -426,14 +426,16 @@ def _tenant_of(request: Any) -> TenantContext | None:
 
     The main process of a worker stores results too (lost children, time limits), and has no active tenant.
     """
-    if request is not None:
+    if request is None:
+        return current_tenant()
+    state = state_of(request)
+    if state is not None:
+        return state.tenant
+    try:
         carried = carried_by(request)
-        if carried is not None:
-            try:
-                return decode(carried).tenant
-            except HeaderError:
-                return None  # the failure of a task whose header nobody can read belongs to no tenant
-    return current_tenant()
+        return current_tenant() if carried is None else decode(carried).tenant
+    except ContextError:
+        return None  # the failure of a task whose header nobody can read belongs to no tenant
 
 
 def _storable(value: str | None) -> str | None:

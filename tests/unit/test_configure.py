@@ -14,7 +14,7 @@ from celery.backends.cache import CacheBackend
 from sqlalchemy.engine import make_url
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, unconfigure
-from rhesis_tasks.errors import ConfigurationError, NotConfiguredError, NotSupportedError
+from rhesis_tasks.errors import ConfigurationError, NotConfiguredError
 from rhesis_tasks.headers import HEADER
 from rhesis_tasks.postgres.results import PostgresBackend
 from rhesis_tasks.sessions import sessions_of
@@ -314,10 +314,22 @@ def test_a_wrong_url_in_the_environment_is_an_error_at_once(bare: Celery, monkey
         configure(bare)
 
 
-@pytest.mark.parametrize("keys", [["key"], (b"key",), "key"])
-def test_signing_keys_are_refused_rather_than_ignored(bare: Celery, keys: Any) -> None:
-    with pytest.raises(NotSupportedError, match="signing_keys= is reserved"):
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        (["short"], "at least 16 are needed"),
+        ([b"long enough, really", b"short"], "at least 16 are needed"),
+        (["long enough, really", 16], "takes str or bytes, not int"),
+        ("one key that is long enough", "takes a list of keys"),
+    ],
+)
+def test_signing_keys_that_cannot_be_used_are_an_error_that_does_not_show_them(
+    bare: Celery, keys: Any, text: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=text) as caught:
         configure(bare, broker_url="memory://", signing_keys=keys)
+
+    assert "long enough, really" not in str(caught.value)
 
 
 # --- which applications, and undoing ---------------------------------------------------------------------------

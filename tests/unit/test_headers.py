@@ -9,6 +9,7 @@ from contextvars import Context, ContextVar
 from typing import Any
 
 import pytest
+from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -265,11 +266,12 @@ def test_flat_headers_beside_ours_say_the_same_or_are_a_conflict() -> None:
 # --- dicts of callers ------------------------------------------------------------------------------------------
 
 
-def test_a_callers_headers_are_copied_not_changed() -> None:
+def test_a_callers_headers_are_copied_not_changed(app: Celery) -> None:
     headers = {"x": 1}
 
     for tenant in (ACME, TenantContext("globex")):
-        assert with_context(headers, Envelope(tenant)) == {"x": 1, HEADER: encode(Envelope(tenant))}
+        carried = with_context(app, headers, Envelope(tenant), "task", "id")
+        assert carried == {"x": 1, HEADER: encode(Envelope(tenant))}
 
     assert headers == {"x": 1}
 

@@ -14,7 +14,7 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
-    {"errors", "states", "settings", "context", "variables", "headers"},
+    {"errors", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls"},
     {"postgres"},
     {"retry", "canvas", "propagation", "sessions", "logs"},

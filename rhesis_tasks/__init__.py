@@ -2,10 +2,12 @@
 
 from .app import configure, unconfigure
 from .context import TenantContext, current_tenant, require_tenant, tenant_scope
+from .headers import context_headers
 from .launch import alaunch_with_context, launch_with_context
 from .retry import RetryPolicy
 from .sessions import TenantSessions, tenant_session
 from .task import BaseTask
+from .threads import ContextThreadPoolExecutor, wrap
 from .variables import register_context_var
 
 __version__ = "0.1.0"
@@ -24,6 +26,9 @@ __all__ = [
     "require_tenant",
     "tenant_scope",
     "register_context_var",
+    "context_headers",
+    "ContextThreadPoolExecutor",
+    "wrap",
     # the database side
     "TenantSessions",
     "tenant_session",

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from .context import TenantContext, agreed, current_tenant
+from .context import CurrentUser, TenantContext, agreed, as_tenant, current_tenant
 from .errors import ContextError, HeaderError, InvalidTenantError
 from .variables import MISSING, Activation, registered_vars
 
@@ -26,6 +26,7 @@ __all__ = [
     "RequestState",
     "capture",
     "carried_by",
+    "context_headers",
     "decode",
     "encode",
     "find",
@@ -90,6 +91,28 @@ def capture(tenant: TenantContext | None = None) -> Envelope:
         if value is not MISSING:
             variables[name] = value
     return Envelope(tenant or current_tenant(), variables)
+
+
+def context_headers(ctx_or_user: TenantContext | CurrentUser, /) -> dict[str, Any]:
+    """The headers of a message for a tenant, where no code of ours launches it: in Celery beat's schedule.
+
+    ::
+
+        app.conf.beat_schedule = {
+            "acme's digest": {
+                "task": "shop.digest",
+                "schedule": crontab(hour=6),
+                "options": {"headers": context_headers(TenantContext("acme"))},
+            },
+        }
+
+    Args:
+        ctx_or_user: a TenantContext, or anything with ``id`` and ``organization_id``.
+
+    Raises:
+        InvalidTenantError: it is neither.
+    """
+    return {HEADER: encode(Envelope(as_tenant(ctx_or_user)))}
 
 
 def encode(envelope: Envelope) -> dict[str, Any]:

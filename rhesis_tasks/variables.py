@@ -188,13 +188,18 @@ class Activation:
     Kept with the request it belongs to, never keyed by task id: a retry reuses the id and may start before
     the first run has ended.
 
+    Args:
+        tenant: the tenant; None is none.
+        variables: the registered variables by name.  Those that are missing are as if nobody had set them.
+        are_loaded: whether the values are as the application has them, and not as they travel.
+
     Raises:
         HeaderError: a registered variable's ``load=`` refused its value; nothing is left set.
     """
 
     __slots__ = ("_tokens", "_unset", "_values")
 
-    def __init__(self, tenant: TenantContext | None, variables: Mapping[str, Any]) -> None:
+    def __init__(self, tenant: TenantContext | None, variables: Mapping[str, Any], *, are_loaded: bool = False) -> None:
         self._tokens: list[Token[Any]] = [tenant_var.set(tenant)]
         self._values: list[tuple[ContextVar[Any], Any]] = [(tenant_var, tenant)]
         # Variables that nobody has set stay so: to the body they look as they did to the launcher.
@@ -202,7 +207,7 @@ class Activation:
         try:
             for name, registered in _registered.items():
                 if name in variables:
-                    value = registered.loaded(variables[name])
+                    value = variables[name] if are_loaded else registered.loaded(variables[name])
                 elif registered.value() is not MISSING:
                     value = _absent_value(registered)
                 else:

@@ -1,0 +1,72 @@
+"""The context in threads that a task, or any other code, starts.
+
+asyncio carries context variables to its tasks and to ``asyncio.to_thread`` by itself; threads begin without any.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+from celery._state import _task_stack, get_current_task  # type: ignore[attr-defined]  # left out of the stubs
+
+from .context import current_tenant
+from .errors import TaskDefinitionError
+from .variables import MISSING, Activation, registered_vars
+
+__all__ = ["ContextThreadPoolExecutor", "wrap"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def wrap(function: Callable[P, R], /) -> Callable[P, R]:
+    """A function that runs with the context of the code that wraps it, in whatever thread.
+
+    Tenant and registered variables are those of the moment when it is wrapped; the running task, if there is one, is
+    known there as well, to log records and to what is launched.  Afterwards the thread's own context is back.
+
+    ::
+
+        threading.Thread(target=wrap(export), args=(1,)).start()
+
+    Raises:
+        TaskDefinitionError: (a TypeError) the function is no plain one: what ``async def`` and generator functions
+            return runs later, and asyncio carries the context by itself.
+    """
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise TaskDefinitionError(f"wrap() takes a plain function; {function!r} would run after the call")
+    if not callable(function):
+        raise TaskDefinitionError(f"wrap() takes a function, not {type(function).__name__}")
+    tenant = current_tenant()
+    values = {name: registered.value() for name, registered in registered_vars().items()}
+    variables = {name: value for name, value in values.items() if value is not MISSING}
+    task: Any = get_current_task()
+    request: Any = None if task is None else task.request_stack.top
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        activation = Activation(tenant, variables, are_loaded=True)
+        if request is not None:
+            _task_stack.push(task)
+            task.request_stack.push(request)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if request is not None:
+                task.request_stack.pop()
+                _task_stack.pop()
+            activation.undo()
+
+    return run
+
+
+class ContextThreadPoolExecutor(ThreadPoolExecutor):
+    """A ThreadPoolExecutor whose calls have the context of the code that submits them."""
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """As ThreadPoolExecutor's; ``map`` goes through it, too."""
+        return super().submit(wrap(fn), *args, **kwargs)

@@ -1,0 +1,189 @@
+"""Many tenants at once, random canvases, failures, kills and litter: every body has its launcher's tenant.
+
+``RHESIS_TASKS_SOAK_BODIES`` says how many bodies there are at least on each pool; run with ``-s`` to see the count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chain, chord, group
+
+from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
+from rhesis_tasks.processes import Child, wait_until
+from rhesis_tasks.testing import new_tenant_database, running_worker
+from rhesis_tasks.variables import unregister_context_var
+
+HERE = Path(__file__).parent
+BODIES = int(os.environ.get("RHESIS_TASKS_SOAK_BODIES", "500"))
+TENANTS = [TenantContext(f"tenant-{number}", f"user-{number}") for number in range(20)]
+AT_ONCE = max(300, BODIES // 20)
+"""Bodies under way at the same time."""
+TIMEOUT = 90 + AT_ONCE / 10
+"""Seconds for those: some wait until a killed worker's messages are released."""
+
+
+@pytest.fixture(scope="module")
+def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
+    """The tasks, imported once, and the URL of the database that they are configured for."""
+    with ExitStack() as stack:
+        database = stack.enter_context(new_tenant_database(postgres_url))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("DATABASE_URL", database.url)
+        patch.syspath_prepend(HERE)
+        tasks = importlib.import_module("soak_tasks")
+        stack.callback(unconfigure, tasks.app)
+        stack.callback(unregister_context_var, tasks.mark)
+        yield tasks, database.url
+
+
+class Composer:
+    """Makes canvases of tasks, each with a label of its own."""
+
+    def __init__(self, tasks: Any, rng: random.Random, prefix: str, with_deaths: bool) -> None:
+        self._tasks = tasks
+        self._rng = rng
+        self._prefix = prefix
+        self._with_deaths = with_deaths
+        self._number = 0
+        self.labels: list[str] = []
+
+    def label(self) -> str:
+        self._number += 1
+        self.labels.append(f"{self._prefix}-{self._number}")
+        return self.labels[-1]
+
+    def part(self) -> Any:
+        """One task that succeeds in the end."""
+        tasks = self._tasks
+        kinds = ["step", "careless", "careless", "flaky", "stubborn", "nested", "replaced"]
+        kind = self._rng.choice([*kinds, "dies"] if self._with_deaths and self._rng.random() < 0.1 else kinds)
+        if kind == "nested":
+            return tasks.nested.si(self.label(), self.label())
+        if kind == "replaced":
+            return tasks.replaced.si(self.label(), dict(tasks.careless.si(self.label())))
+        return getattr(tasks, kind).si(self.label())
+
+    def canvas(self) -> Any:
+        match self._rng.randrange(6):
+            case 0:
+                return self.part()
+            case 1:
+                return chain(self.part() for _ in range(self._rng.randrange(2, 5)))
+            case 2:
+                return group(self.part() for _ in range(self._rng.randrange(1, 5)))
+            case 3:
+                return chord([self.part() for _ in range(self._rng.randrange(1, 4))], self.part())
+            case 4:
+                return self.part().set(link=[self.part()])
+            case _:
+                return self._tasks.broken.si(self.label()).on_error(self._tasks.careless.si(self.label()))
+
+
+@contextmanager
+def killable_worker(pool: str, queue: str, file: Path, url: str) -> Iterator[list[Child]]:
+    """A worker that the block may kill and start again: the last of the list is the one that runs."""
+    env = {"DATABASE_URL": url, "SOAK_FILE": str(file), "SOAK_QUEUE": queue}
+    with ExitStack() as stack:
+
+        def start() -> Child:
+            return stack.enter_context(running_worker("soak_tasks", cwd=HERE, pool=pool, concurrency=4, env=env))
+
+        workers = Workers(start)
+        yield workers
+
+
+class Workers(list[Child]):
+    """The workers that were started one after the other."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+        super().__init__([start()])
+
+    def kill(self) -> None:
+        """Kill the one that runs, and start another."""
+        self[-1].process.kill()
+        self.append(self._start())
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_every_body_has_its_launchers_tenant_whatever_happens(
+    application: tuple[Any, str], pool: str, tmp_path: Path
+) -> None:
+    tasks, url = application
+    rng = random.Random(pool)  # the same canvases each time
+    file = tmp_path / "seen"
+    file.touch()
+    meant: dict[str, TenantContext | None] = {}
+    began = time.monotonic()
+    tasks.app.conf.task_default_queue = f"soak-{pool}"
+    with killable_worker(pool, f"soak-{pool}", file, url) as workers:
+        batch = 0
+        while len(meant) < BODIES:
+            batch += 1
+            labels = launch(tasks, rng, f"{pool}-{batch}", with_deaths=pool == "prefork")
+            meant |= labels
+            if batch % 2:
+                workers.kill()
+            wait_until(f"batch {batch}", lambda labels=labels: labels.keys() <= seen(file).keys(), TIMEOUT)
+
+    found = seen(file)
+    wrong = {label: saw for label, all_saw in found.items() for saw in all_saw if saw != expected(meant[label])}
+    runs = sum(map(len, found.values()))
+    print(
+        f"\n{pool}: {len(found)} bodies ran {runs} times for {len(TENANTS)} tenants in "
+        f"{time.monotonic() - began:.0f} s, {len(workers) - 1} workers killed: {len(wrong)} bodies with a wrong or "
+        "missing tenant"
+    )
+    assert wrong == {}
+    assert found.keys() == meant.keys()
+
+
+def expected(tenant: TenantContext | None) -> tuple[str, ...]:
+    """What a body for this tenant notes."""
+    if tenant is None:
+        return ("None", "None", "None")
+    return (str(tenant.organization_id), str(tenant.user_id), f"mark-{tenant.organization_id}")
+
+
+def launch(tasks: Any, rng: random.Random, prefix: str, with_deaths: bool) -> dict[str, TenantContext | None]:
+    """Launch random canvases for random tenants, and tasks for nobody; returns for whom each label is."""
+    meant: dict[str, TenantContext | None] = {}
+    number = 0
+    while len(meant) < min(AT_ONCE, BODIES):
+        number += 1
+        if rng.random() < 0.1:
+            meant[f"{prefix}-{number}"] = None
+            tasks.nobodys.delay(f"{prefix}-{number}")
+            continue
+        tenant = rng.choice(TENANTS)
+        composer = Composer(tasks, rng, f"{prefix}-{number}", with_deaths)
+        canvas = composer.canvas()
+        token = tasks.mark.set(f"mark-{tenant.organization_id}")
+        try:
+            if rng.random() < 0.5:
+                launch_with_context(canvas, context=tenant)
+            else:
+                with tenant_scope(tenant):
+                    canvas.delay()
+        finally:
+            tasks.mark.reset(token)
+        meant |= dict.fromkeys(composer.labels, tenant)
+    return meant
+
+
+def seen(file: Path) -> dict[str, list[tuple[str, ...]]]:
+    """What each body saw, by its label."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for line in file.read_text().splitlines():
+        label, *saw = line.split(" ")
+        found.setdefault(label, []).append(tuple(saw))
+    return found

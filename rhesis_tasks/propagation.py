@@ -307,12 +307,15 @@ def as_launched(task: Task[Any, Any], request: Context) -> Iterator[None]:
 
 @contextmanager
 def restored(task: Task[Any, Any], request: Context) -> Iterator[None]:
-    """The context that a request carried, for a block outside of the task's body."""
-    _restore(task, request)
+    """The context that a request carried, for a block outside of the task's body; blocks may be nested."""
+    before = state_of(request)
+    state = _restore(task, request)
     try:
         yield
     finally:
-        _undo(request)
+        _undo(state)
+        if before is not None:
+            keep_state(request, before)
 
 
 def _restore(task: Task[Any, Any], request: Context) -> RequestState:
@@ -343,8 +346,7 @@ def _named_by_header(request: Context) -> TenantContext | None:
         return None
 
 
-def _undo(request: Context) -> None:
-    state = state_of(request)
+def _undo(state: RequestState | None) -> None:
     if state is not None and state.activation is not None:
         state.activation.undo()
         state.activation = None
@@ -358,4 +360,4 @@ def _enter(sender: Task[Any, Any], **_: Any) -> None:
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:
     """task_postrun: what was there before comes back."""
-    _undo(sender.request)
+    _undo(state_of(sender.request))

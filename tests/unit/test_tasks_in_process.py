@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from celery import Celery, Task, chain, chord
 from celery.exceptions import Ignore, Reject
-from celery.signals import task_prerun
+from celery.signals import task_prerun, task_revoked
+from celery.worker import state as worker_state
 
 from rhesis_tasks import (
     BaseTask,
@@ -31,6 +32,7 @@ from rhesis_tasks.errors import (
     TaskDefinitionError,
 )
 from rhesis_tasks.headers import HEADER, Envelope, encode
+from rhesis_tasks.request import ContextRequest
 from rhesis_tasks.retry import NO_RETRY
 
 ACME = TenantContext("acme", "alice", "project", {"plan": "pro"})
@@ -894,3 +896,34 @@ def test_a_body_has_its_own_tenant_also_if_our_receiver_of_prerun_did_not_run(
 
     assert seen == [(ACME, "acme")]
     assert after == GLOBEX
+
+
+# --- in the main process ---------------------------------------------------------------------------------------
+
+
+def test_what_the_main_process_does_is_done_in_the_messages_context_also_within_itself(
+    app: Celery, note: Any, seen: list[Any]
+) -> None:
+    class Request(ContextRequest):
+        def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:
+            super()._announce_revoked(*args, **kwargs)
+            seen.append(("after announcing", current_tenant()))
+
+    with tenant_scope(ACME):
+        note.apply_async(task_id="revoked")
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues[app.conf.task_default_queue].bind(connection.default_channel)
+        request = Request(queue.get(no_ack=True), app=app)
+    tenants: list[Any] = []
+    receiver = task_revoked.connect(lambda **_: tenants.append(current_tenant()), weak=False)
+    worker_state.revoked.add("revoked")
+    try:
+        assert request.revoked()
+    finally:
+        task_revoked.disconnect(receiver)
+        worker_state.revoked.discard("revoked")
+
+    assert tenants == [ACME]
+    assert seen == [("after announcing", ACME)], "the block around it goes on in its context"
+    assert current_tenant() is None
+    assert app.current_worker_task is None

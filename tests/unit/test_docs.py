@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,3 +54,22 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
 
     assert named
     assert not {test for _, test in named} - existing
+
+
+def test_the_code_of_the_page_about_context_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "context.md").read_text()
+    found = re.findall(r"^ *```python\n(.*?)^ *```", page, re.DOTALL | re.MULTILINE)
+    script = tmp_path / "context.py"
+    script.write_text("\n".join(map(textwrap.dedent, found)))
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_URL")}
+    environ |= {
+        "BROKER_URL": "memory://",
+        "CELERY_RESULT_BACKEND": "cache+memory://",
+        "TASKS_KEY": "k" * 32,
+        "TASKS_KEY_BEFORE": "b" * 32,
+    }
+
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "organization acme (user ann)\n"

@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 MINIMUM := .venv-minimum
 
 # Servers that the integration tests start, as Debian packages.
+REDIS := $(wildcard /usr/bin/redis-server)
 POSTGRES := $(wildcard /usr/lib/postgresql/15/bin/initdb)
 PGBOUNCER := $(wildcard /usr/sbin/pgbouncer)
 
@@ -45,10 +46,10 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest tests/unit
 
-servers:  ## PostgreSQL 15 and PgBouncer from Debian, if they are missing
-ifeq ($(and $(POSTGRES),$(PGBOUNCER)),)
-	@echo "Installing postgresql-15 and pgbouncer (once) ..."
-	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql-15 pgbouncer >/dev/null
+servers:  ## PostgreSQL 15, PgBouncer and Redis from Debian, if they are missing
+ifeq ($(and $(POSTGRES),$(PGBOUNCER),$(REDIS)),)
+	@echo "Installing postgresql-15, pgbouncer and redis-server (once) ..."
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql-15 pgbouncer redis-server >/dev/null
 endif
 
 integration: $(READY) servers  ## on real PostgreSQL, with real workers

@@ -19,7 +19,7 @@ from celery.signals import task_postrun, task_prerun
 from kombu.utils.uuid import uuid
 
 from .canvas import Carry, bound_options
-from .context import TenantContext, agreed, exactly, tenant_in
+from .context import TenantContext, agreed, current_tenant, exactly, tenant_in
 from .errors import ContextError, HeaderError, NotConfiguredError
 from .headers import (
     HEADER,
@@ -94,8 +94,9 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         require_genuine(app, headers, name, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
         if any(map(options.get, _BOUND)):
-            # What is published after it, by a worker and from whatever context, is bound now.
-            options |= bound_options(options, carrier(app, outgoing_envelope(headers)), app)
+            # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
+            launcher = capture() if current_tenant() else outgoing_envelope(headers)
+            options |= bound_options(options, carrier(app, launcher), app)
         options["headers"] = with_context(app, headers, envelope, name, task_id)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))

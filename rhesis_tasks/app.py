@@ -54,7 +54,8 @@ class _Configuration:
 
 
 _DEFAULTS_UID: Final = "rhesis_tasks.defaults"
-_defaults: weakref.WeakKeyDictionary[Celery, dict[str, Any]] = weakref.WeakKeyDictionary()
+_ABSENT: Final = object()
+_replaced: weakref.WeakKeyDictionary[Celery, dict[str, Any]] = weakref.WeakKeyDictionary()  # defaults of Celery's
 _configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKeyDictionary()
 
 
@@ -146,8 +147,12 @@ def unconfigure(app: Celery) -> None:
         return
     if known.sessions is None and known.database_url is not None:
         sessions_of(app).dispose()  # made by configure()
-    _defaults.pop(app, {}).clear()
     app.on_after_configure.disconnect(dispatch_uid=_DEFAULTS_UID)
+    for key, value in _replaced.pop(app, {}).items():
+        if value is _ABSENT:
+            del _celerys_defaults(app)[key]
+        else:
+            _celerys_defaults(app)[key] = value
     app.backend_cls = None
     propagation.uninstall(app)
     use_sessions(app, None)
@@ -186,15 +191,24 @@ def _add_defaults(app: Celery, defaults: dict[str, Any]) -> None:
     """
 
     def add(**_: Any) -> None:
-        conf: Any = app.conf
-        conf.maps.insert(len(conf.maps) - 1, defaults)  # the last are Celery's own
-        conf.defaults.insert(len(conf.defaults) - 1, defaults)
+        celerys = _celerys_defaults(app)
+        _replaced[app] = {key: celerys.get(key, _ABSENT) for key in defaults}
+        celerys.update(defaults)
 
-    _defaults[app] = defaults
     if getattr(app, "configured", False):
         add()
     # Sent each time that Celery has read its configuration.
     app.on_after_configure.connect(add, weak=False, dispatch_uid=_DEFAULTS_UID)
+
+
+def _celerys_defaults(app: Celery) -> dict[str, Any]:
+    """Celery's defaults, of which each application has its own copy.
+
+    Ours are among them, since one more map would slow down every look-up of a setting.
+    """
+    conf: Any = app.conf
+    defaults: dict[str, Any] = conf.maps[-1]
+    return defaults
 
 
 def _class_of(task_cls: Any) -> type:

@@ -133,22 +133,25 @@ def encode(envelope: Envelope) -> dict[str, Any]:
             value["extra"] = dict(tenant.extra)
     if envelope.variables:
         value["vars"] = dict(envelope.variables)
-    if envelope.variables or (tenant is not None and (tenant.extra or _long(tenant))):
-        _check_portable(value)
+    _check_portable(value)
     return value
 
 
-def _long(tenant: TenantContext) -> bool:
-    """Whether the ids alone might be too much: a character may take 12 bytes of JSON."""
-    ids = (tenant.organization_id, tenant.user_id or "", tenant.project_id or "")
-    return sum(map(len, ids)) * 12 > MAX_BYTES // 2
-
-
 def _check_portable(value: dict[str, Any]) -> None:
-    for part in ("extra", "vars"):
-        for name, item in value.get(part, {}).items():
-            if isinstance(item, int) and not -_MAX_INT <= item < _MAX_INT:
-                raise InvalidTenantError(f"{name!r} is beyond 64 bits; send it as a str", field=name, value=item)
+    characters = 0
+    for name, item in value.items():
+        if isinstance(item, str):
+            characters += len(item)
+        elif isinstance(item, dict):
+            for inner, part in item.items():
+                if isinstance(part, str):
+                    characters += len(part)
+                elif part is not None and not -_MAX_INT <= part < _MAX_INT:
+                    raise InvalidTenantError(f"{inner!r} is beyond 64 bits; send it as a str", field=inner, value=part)
+                characters += len(inner) + 8
+        characters += len(name) + 8
+    if characters * 12 < MAX_BYTES:
+        return  # a character takes at most 12 bytes of JSON
     size = len(json.dumps(value))
     if size > MAX_BYTES:
         raise InvalidTenantError(

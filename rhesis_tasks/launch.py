@@ -184,7 +184,7 @@ def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...
                 second=launcher,
             )
         if isinstance(task, BaseTask):
-            task.check_launch(headers, part.signature.get("kwargs"))
+            task.check_launch(named)
         if task is not None and part.given is not None and part.signature.get("subtask_type") not in COMPOSITES:
             _check_arguments(task, part)
 

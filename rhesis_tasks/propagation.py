@@ -67,9 +67,19 @@ def install(app: Celery, signer: Signer | None = None) -> None:
     """Let every message of ``app`` carry the context, signed if there is a signer; again it changes nothing."""
     if app in _apps:
         return
-    send_task = app.send_task
+    # The instance's, if somebody has put one there.  Else the class's, looked up at each call: Sentry wraps that one,
+    # maybe later than this.
+    own = vars(app).get("send_task")
 
-    @functools.wraps(send_task)
+    @functools.cache
+    def require_broker() -> None:
+        if not app.conf.broker_url:
+            raise NotConfiguredError(
+                f"application {app.main!r} has no broker.  Set DATABASE_URL, or call configure(app, database_url) or "
+                "configure(app, broker_url=...)"
+            )
+
+    @functools.wraps(app.send_task)
     def send_task_with_context(
         name: str,
         args: Any = None,
@@ -80,19 +90,15 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         *more: Any,
         **options: Any,
     ) -> Any:
-        if not app.conf.broker_url:
-            raise NotConfiguredError(
-                f"application {app.main!r} has no broker.  Set DATABASE_URL, or call configure(app, database_url) or "
-                "configure(app, broker_url=...)"
-            )
+        require_broker()
         headers = options.get("headers")
         task = app.tasks.get(name)
-        check_launch = getattr(task, "check_launch", None)
-        if check_launch is not None:
-            check_launch(headers, kwargs)
         task_id = task_id or uuid()
-        require_genuine(app, headers, name, task_id)
+        if signer is not None:
+            require_genuine(app, headers, name, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
+        if (check := getattr(task, "check_launch", None)) is not None:
+            check(envelope.tenant)
         if any(map(options.get, _BOUND)):
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
             launcher = capture() if current_tenant() else outgoing_envelope(headers)
@@ -102,9 +108,10 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
         with (
-            exactly(envelope.tenant),
-            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record else nullcontext(),
+            nullcontext() if envelope.tenant is current_tenant() else exactly(envelope.tenant),
+            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else nullcontext(),
         ):
+            send_task = own or functools.partial(type(app).send_task, app)
             return send_task(name, args, kwargs, countdown, eta, task_id, *more, **options)
 
     # On the instance, so that other applications in the process are untouched.
@@ -219,16 +226,21 @@ def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = No
     return carry
 
 
+def records(app: Celery) -> bool:
+    """Whether the result backend keeps records of launches."""
+    return hasattr(app.backend, "record_launch")
+
+
 @contextmanager
 def recorded(app: Celery, task_id: str, name: str, **lineage: str | None) -> Iterator[None]:
     """A record that the active tenant launched a task, taken back if the block fails.
 
     Nothing, if the result backend keeps no such records.
     """
-    backend: Any = app.backend
-    if not hasattr(backend, "record_launch"):
+    if not records(app):
         yield
         return
+    backend: Any = app.backend
     is_new = backend.record_launch(task_id, name, **lineage)
     try:
         yield

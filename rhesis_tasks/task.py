@@ -22,6 +22,7 @@ from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
 from .headers import state_of
 from .logs import TaskLogger
+from .otel import mark_current_span
 from .propagation import (
     as_launched,
     begin,
@@ -65,6 +66,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if isinstance(state.refusal, SignatureError):
             raise state.refusal
         state.is_running = True
+        mark_current_span()
         try:
             return self.run(*args, **kwargs)
         finally:
@@ -203,13 +205,13 @@ class BaseTask(ContextTask):
             TenantConflictError: the arguments name another tenant than the headers or the running code.
             TypeError: the arguments do not fit the task's signature.
         """
-        self.check_launch(options.get("headers"), kwargs)
+        self._refuse_unconfigured()
+        # Once more when it is published, which does not happen in eager mode.
+        self.check_launch(outgoing_envelope(options.get("headers"), self, kwargs).tenant)
         return super().apply_async(args, kwargs, task_id, *more, **options)
 
-    def check_launch(self, headers: Any = None, kwargs: Any = None) -> None:
-        """Raise what :meth:`apply_async` would raise for want of a tenant or of configuration."""
-        self._refuse_unconfigured()
-        tenant = outgoing_envelope(headers, self, kwargs).tenant
+    def check_launch(self, tenant: TenantContext | None) -> None:
+        """Raise what :meth:`apply_async` would raise for this tenant, or for nobody; asked before each publish."""
         if tenant is None and self.tenant_required and not self.system:
             raise MissingTenantError(
                 f"task {self.name} needs a tenant, and none is active.  Launch it with "

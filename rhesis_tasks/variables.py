@@ -41,6 +41,11 @@ MISSING: Final = _Missing()
 """Stands for "not set", which is not the same as None."""
 
 
+_PLAIN: Final = (str, bool, int)
+# contextvars-extras marks a deleted or reset variable by a sentinel inside the raw variable.
+_MARKS: Final = (DeletionMark, NoDefault)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RegisteredVar:
     """A context variable that travels with every task."""
@@ -55,21 +60,20 @@ class RegisteredVar:
     def value(self) -> Any:
         """The value in the running context, or MISSING."""
         value = self.var.get(MISSING)
-        # contextvars-extras marks a deleted or reset variable by a sentinel inside the raw variable.
-        return MISSING if isinstance(value, DeletionMark | NoDefault) else value
+        return MISSING if isinstance(value, _MARKS) else value
 
-    def dumped(self) -> Portable | _Missing:
+    def dumped(self) -> Any:
         """The value as it travels, or MISSING.
 
         Raises:
             InvalidTenantError: it is not a str, bool, int or None, and dump= does not make it one.
         """
-        value: object = self.value()
-        if isinstance(value, _Missing):
-            return value
+        value = self.value()
+        if value is MISSING:
+            return MISSING
         if self.dump is not None:
             value = self.dump(value)
-        if value is None or isinstance(value, str | bool | int):
+        if value is None or isinstance(value, _PLAIN):
             return value
         raise InvalidTenantError(
             f"context variable {self.name!r} holds a {type(value).__name__}; what travels is a str, bool, int or "

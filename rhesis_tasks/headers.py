@@ -11,6 +11,7 @@ and large ints, JSON brokers silently change them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -59,7 +60,8 @@ class RequestState:
     """What is known of a task's request while it is dealt with.  Kept on the request, never keyed by task id."""
 
     activation: Activation | None
-    tenant: TenantContext | None  #: whose work it is, and its record
+    envelope: Envelope  #: what the message carried; empty if it is refused
+    tenant: TenantContext | None  #: whose the record is
     refusal: ContextError | None = None  #: why nothing may be done for the message
     is_running: bool = False  #: its body is
     has_retried: bool = False  #: its body has called self.retry()
@@ -87,7 +89,9 @@ def capture(tenant: TenantContext | None = None) -> Envelope:
     """
     variables: dict[str, Any] = {}
     for name, registered in registered_vars().items():
-        value = registered.dumped()
+        value = registered.var.get(MISSING)
+        if type(value) is not str or registered.dump is not None:
+            value = registered.dumped()
         if value is not MISSING:
             variables[name] = value
     return Envelope(tenant or current_tenant(), variables)
@@ -179,22 +183,36 @@ def decode(value: object) -> Envelope:
             header=value,
         )
     variables = value.get("vars", {})
-    if not isinstance(variables, Mapping) or not all(
-        isinstance(name, str) and (item is None or isinstance(item, str | bool | int))
-        for name, item in variables.items()
-    ):
+    if not isinstance(variables, dict) or not _are_plain(variables):
         raise HeaderError("the variables in the context header are not a mapping of plain values", header=value)
     try:
         tenant = None
         if value.get("organization_id") is not None:
-            tenant = TenantContext(
+            tenant = _tenant(
                 value["organization_id"], value.get("user_id"), value.get("project_id"), value.get("extra")
             )
         elif value.get("user_id") is not None or value.get("project_id") is not None:
             raise HeaderError("the context header names a user or project without an organization", header=value)
     except InvalidTenantError as error:
         raise HeaderError(f"the context header cannot be used: {error}", header=value) from error
-    return Envelope(tenant, dict(variables))
+    return Envelope(tenant, {**variables})
+
+
+def _are_plain(variables: dict[Any, Any]) -> bool:
+    for name, item in variables.items():
+        if type(name) is not str or not (type(item) is str or item is None or isinstance(item, (bool, int))):
+            return False
+    return True
+
+
+def _tenant(organization_id: Any, user_id: Any, project_id: Any, extra: Any) -> TenantContext:
+    if type(organization_id) is str and extra is None and {type(user_id), type(project_id)} <= _ID_OR_NONE:
+        return _known_tenant(organization_id, user_id, project_id)
+    return TenantContext(organization_id, user_id, project_id, extra)
+
+
+_ID_OR_NONE: Final = frozenset({str, type(None)})
+_known_tenant = functools.lru_cache(maxsize=1024)(TenantContext)  # frozen, and the same ones come again and again
 
 
 def find(carrier: Mapping[str, Any] | None) -> object:
@@ -223,8 +241,12 @@ def carried_by(request: object) -> object:
     if not isinstance(nested, Mapping):
         nested = {}
     own = attributes.get(HEADER)
-    # The attributes organization_id and user_id are also set by us, so that the headers count first.
-    return _one_of(nested.get(HEADER) if own is None else own, _flat(nested) or _flat(attributes))
+    if own is not None and "organization_id" not in attributes and "organization_id" not in nested:
+        return own
+    flat = _flat(nested)
+    if flat is None and state_of(request) is None:  # afterwards the attributes organization_id and user_id are ours
+        flat = _flat(attributes)
+    return _one_of(nested.get(HEADER) if own is None else own, flat)
 
 
 def _flat(carrier: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -45,11 +45,11 @@ __all__ = [
     "begin",
     "carried_header",
     "carrier",
-    "envelope_of",
     "install",
     "installed_apps",
     "is_installed",
     "outgoing_envelope",
+    "outgoing_tenant",
     "recorded",
     "renew",
     "require_genuine",
@@ -60,6 +60,7 @@ __all__ = [
 
 _apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
 _UID = "rhesis_tasks.propagation"
+_NOTHING = nullcontext()
 _BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
@@ -106,12 +107,12 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         options["headers"] = with_context(app, headers, envelope, name, task_id)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
+        send_task = own or functools.partial(type(app).send_task, app)
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
         with (
-            nullcontext() if envelope.tenant is current_tenant() else exactly(envelope.tenant),
-            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else nullcontext(),
+            _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
+            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else _NOTHING,
         ):
-            send_task = own or functools.partial(type(app).send_task, app)
             return send_task(name, args, kwargs, countdown, eta, task_id, *more, **options)
 
     # On the instance, so that other applications in the process are untouched.
@@ -163,6 +164,15 @@ def outgoing_envelope(
     if own is None:
         return _of_task(capture(), "the active tenant", task, kwargs)
     return _of_task(decode(own), "the header", task, kwargs)
+
+
+def outgoing_tenant(
+    headers: Mapping[str, Any] | None, task: object, kwargs: Mapping[str, Any] | None
+) -> TenantContext | None:
+    """The tenant of :func:`outgoing_envelope`, for less."""
+    if find(headers) is None:
+        return _of_task(Envelope(current_tenant()), "the active tenant", task, kwargs).tenant
+    return outgoing_envelope(headers, task, kwargs).tenant
 
 
 def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None) -> Envelope:
@@ -262,7 +272,7 @@ def _lineage(app: Celery, options: Mapping[str, Any]) -> dict[str, str | None]:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
+def _envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
     """What the message behind a task's request carried, or an older caller's arguments name.
 
     Raises:
@@ -282,6 +292,9 @@ def envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
 def carried_header(request: Context) -> dict[str, Any]:
     """The header that a task's message carried, to be published again; empty if it had none."""
     value = carried_by(request)
+    state = state_of(request)
+    if value is None and state is not None and state.envelope:
+        value = encode(state.envelope)  # it came in flat headers, or among the arguments
     return {} if value is None else {HEADER: value}
 
 
@@ -293,25 +306,24 @@ def begin(task: Task[Any, Any], request: Context) -> RequestState:
     state = state_of(request)
     if state is None:
         return _restore(task, request)
-    renew(request)
+    renew(state)
     return state
 
 
-def renew(request: Context) -> None:
+def renew(state: RequestState) -> None:
     """Set the context as it was when the body began."""
-    state = state_of(request)
-    if state is not None and state.activation is not None:
+    if state.activation is not None:
         state.activation.renew()
 
 
 @contextmanager
-def as_launched(task: Task[Any, Any], request: Context) -> Iterator[None]:
+def as_launched(request: Context) -> Iterator[None]:
     """The context that the message carried, whatever scope the body is in at the moment."""
-    if request.called_directly:
+    state = state_of(request)
+    if state is None:  # called as a function
         yield
         return
-    envelope = envelope_of(task, request)
-    activation = Activation(envelope.tenant, envelope.variables)
+    activation = Activation(state.envelope.tenant, state.envelope.variables)
     try:
         yield
     finally:
@@ -335,18 +347,19 @@ def _restore(task: Task[Any, Any], request: Context) -> RequestState:
     """Set the context that a request carried, and name the tenant on it as applications read it."""
     refusal: ContextError | None = None
     try:
-        envelope = envelope_of(task, request)
+        envelope = _envelope_of(task, request)
         activation = Activation(envelope.tenant, envelope.variables)
         owner = envelope.tenant
     except ContextError as error:
         # The work is refused; until then nothing of whatever ran here before may show.
         refusal, envelope, activation = error, Envelope(), Activation(None, {})
         owner = None if isinstance(error, HeaderError) else _named_by_header(request)
-    state = RequestState(activation=activation, tenant=owner, refusal=refusal)
+    state = RequestState(activation=activation, envelope=envelope, tenant=owner, refusal=refusal)
     keep_state(request, state)
     tenant = envelope.tenant
-    vars(request)["organization_id"] = tenant.organization_id if tenant else None
-    vars(request)["user_id"] = tenant.user_id if tenant else None
+    attributes = vars(request)
+    attributes["organization_id"] = tenant.organization_id if tenant else None
+    attributes["user_id"] = tenant.user_id if tenant else None
     return state
 
 

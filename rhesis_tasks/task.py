@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
-from .headers import state_of
+from .headers import RequestState, state_of
 from .logs import TaskLogger
 from .otel import mark_current_span
 from .propagation import (
@@ -29,6 +29,7 @@ from .propagation import (
     carried_header,
     is_installed,
     outgoing_envelope,
+    outgoing_tenant,
     renew,
     require_genuine,
     with_context,
@@ -65,12 +66,15 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         state = begin(self, request)
         if isinstance(state.refusal, SignatureError):
             raise state.refusal
+        return self._run_body(state, args, kwargs)
+
+    def _run_body(self, state: RequestState, args: Any, kwargs: Any) -> Any:
         state.is_running = True
         mark_current_span()
         try:
             return self.run(*args, **kwargs)
         finally:
-            renew(request)
+            renew(state)
 
     def _call_directly(self, args: Any, kwargs: Any) -> Any:
         """As a plain function, with a request that names the active tenant."""
@@ -99,13 +103,13 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     @override
     def replace(self, sig: Any) -> Any:
         """As Celery's; the replacement works for the same tenant, whatever scope the body is in."""
-        with as_launched(self, self.request):
+        with as_launched(self.request):
             return super().replace(sig)
 
     @override
     def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
         """As Celery's; what is added works for the same tenant, whatever scope the body is in."""
-        with as_launched(self, self.request):
+        with as_launched(self.request):
             return super().add_to_chord(sig, lazy)  # type: ignore[call-overload]
 
     @override
@@ -207,7 +211,7 @@ class BaseTask(ContextTask):
         """
         self._refuse_unconfigured()
         # Once more when it is published, which does not happen in eager mode.
-        self.check_launch(outgoing_envelope(options.get("headers"), self, kwargs).tenant)
+        self.check_launch(outgoing_tenant(options.get("headers"), self, kwargs))
         return super().apply_async(args, kwargs, task_id, *more, **options)
 
     def check_launch(self, tenant: TenantContext | None) -> None:
@@ -241,7 +245,7 @@ class BaseTask(ContextTask):
             raise state.refusal
         self._refuse_without(state.tenant)
         try:
-            return super().__call__(*args, **kwargs)
+            return self._run_body(state, args, kwargs)
         except (Retry, Ignore, Reject):
             raise
         except Exception as error:

@@ -83,7 +83,7 @@ class RegisteredVar:
         )
 
     def loaded(self, value: Any) -> Any:
-        """The value back from how it travelled.
+        """The value back from how it travelled, where there is a load=.
 
         Raises:
             HeaderError: load= refused it.
@@ -211,7 +211,9 @@ class Activation:
         try:
             for name, registered in _registered.items():
                 if name in variables:
-                    value = variables[name] if are_loaded else registered.loaded(variables[name])
+                    value = variables[name]
+                    if registered.load is not None and not are_loaded:
+                        value = registered.loaded(value)
                 elif registered.value() is not MISSING:
                     value = _absent_value(registered)
                 else:
@@ -232,6 +234,9 @@ class Activation:
         for var, value in self._values:
             if var.get(MISSING) is not value:
                 var.set(value)
+        self._hide_unset()
+
+    def _hide_unset(self) -> None:
         for registered in self._unset:
             if registered.value() is not MISSING:
                 # Nobody can unset a ContextVar without the token.
@@ -239,7 +244,7 @@ class Activation:
 
     def undo(self) -> None:
         """Bring back what was set before, in reverse order; calling it again changes nothing."""
-        self.renew()
+        self._hide_unset()
         self._values.clear()
         self._unset.clear()
         while self._tokens:

@@ -268,3 +268,31 @@ def test_a_part_that_was_bound_to_another_tenant_stays_so(report: Any, work_off:
     work_off(report.app)
 
     assert [tenant for tenant, _ in seen] == [ACME, GLOBEX, ACME]
+
+
+@pytest.mark.parametrize("nested", [{}, {"headers": {"sentry-trace": "1"}}], ids=["plain", "nested headers"])
+@pytest.mark.parametrize(
+    ("headers", "kwargs"),
+    [({"organization_id": "acme", "user_id": "alice"}, {}), ({}, {"organization_id": "acme", "user_id": "alice"})],
+    ids=["flat headers", "arguments"],
+)
+def test_a_retry_of_an_older_callers_message_keeps_the_tenant(
+    app: Celery,
+    stranger: Celery,
+    headers: dict[str, Any],
+    kwargs: dict[str, Any],
+    nested: dict[str, Any],
+    work_off: Any,
+    seen: list[Any],
+) -> None:
+    @app.task(base=BaseTask, bind=True, name="again")
+    def again(self: BaseTask, organization_id: str = "", user_id: str = "") -> None:
+        seen.append(current_tenant())
+        if self.request.retries < 2:
+            with tenant_scope(GLOBEX):
+                raise self.retry(countdown=0)
+
+    stranger.send_task("again", kwargs=kwargs, headers={**headers, **nested})
+    work_off(app)
+
+    assert seen == [ACME] * 3

@@ -1,6 +1,7 @@
 """Many tenants at once, random canvases, failures, kills and litter: every body has its launcher's tenant.
 
-``RHESIS_TASKS_SOAK_BODIES`` says how many bodies there are at least on each pool; run with ``-s`` to see the count.
+``RHESIS_TASKS_SOAK_BODIES`` says how many bodies there are at least on each pool; run with ``-s`` to see the count, and
+with ``--timeout 0`` if there are many.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class _Configuration:
     result_backend: str | None
     schema: str
     sessions: TenantSessions | None
-    signing_keys: tuple[str | bytes, ...]
+    signing_keys: str | None  # their fingerprint
     overrides: tuple[tuple[str, Any], ...]
 
 
@@ -95,7 +95,7 @@ def configure(
     unknown = sorted(set(overrides) - SETTING_KEYS)
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
-    signer = Signer(signing_keys) if signing_keys else None
+    signer = None if signing_keys == () else Signer(signing_keys)
     environ = os.environ
     database_url = database_url or environ.get("DATABASE_URL") or None
     if database_url is not None:
@@ -108,7 +108,7 @@ def configure(
         results,
         schema_name(schema),
         sessions,
-        tuple(signing_keys),
+        signer.fingerprint if signer else None,
         tuple(sorted(overrides.items())),
     )
     known = _configured.get(app)

@@ -14,14 +14,14 @@ from celery.canvas import Signature
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "last_task", "parts"]
+__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "full_name", "last_task", "parts", "published"]
 
 COMPOSITES: Final = frozenset({"chain", "group", "chord"})
 _CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
 
 
-Carry: TypeAlias = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
-"""Makes of a part's task and its headers those that it shall have: the same object if they have all."""
+Carry: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+"""Makes of a part and its headers those that it shall have: the same object if they have all."""
 
 
 class Part(NamedTuple):
@@ -70,6 +70,22 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def published(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The signatures in a signature, itself included, that are published as messages of their own."""
+    if signature.get("subtask_type") not in COMPOSITES:
+        yield signature
+    called = (signature.get("kwargs") or {}).get("task") if signature["task"] in _CALLING else None
+    for part, _ in _nested(signature, None):
+        if part is not called:
+            yield from published(part)
+
+
+def full_name(task: str, kwargs: object) -> str:
+    """A task's name; of one of Celery's own that calls another one inside (``map``), with that one's name."""
+    called = kwargs.get("task") if task in _CALLING and isinstance(kwargs, Mapping) else None
+    return f"{task} of {called.get('task')}" if isinstance(called, Mapping) else task
+
+
 def last_task(signature: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The task whose id a launch of the whole returns; None if that is a group's, or there is no task."""
     last: Any = signature
@@ -99,7 +115,7 @@ def bound(signature: Mapping[str, Any], carry: Carry, app: Celery) -> Signature[
             kwargs["body"] = None if body is None else bound(body, carry, app)
         case _:
             # Only tasks, since Celery lets the headers of a whole replace those of its parts.
-            options["headers"] = carry(signature["task"], options.get("headers") or {})
+            options["headers"] = carry(signature, options.get("headers") or {})
     kind = type(signature) if isinstance(signature, Signature) else Signature
     return kind.from_dict({**signature, "kwargs": kwargs, "options": options}, app=app)
 
@@ -123,6 +139,6 @@ def _carrying(signature: Mapping[str, Any], carry: Carry, app: Celery) -> Mappin
     """The signature itself if nothing is to be added: each step of a chain publishes the rest of it again."""
     for part, _ in parts(signature):
         own = (part.get("options") or {}).get("headers") or {}
-        if part.get("subtask_type") not in COMPOSITES and carry(part["task"], own) is not own:
+        if part.get("subtask_type") not in COMPOSITES and carry(part, own) is not own:
             return bound(signature, carry, app)
     return signature

@@ -10,7 +10,7 @@ import dataclasses
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -174,9 +174,11 @@ def as_tenant(source: TenantContext | CurrentUser, /) -> TenantContext:
 tenant_var: ContextVar[TenantContext | None] = ContextVar("rhesis_tasks.tenant", default=None)
 
 
-# The tokens of the scopes that are open here.  In the context, not on the scope: threads and asyncio tasks may
-# enter one and the same scope at once.
-_open_scopes: ContextVar[tuple[Token[TenantContext | None], ...]] = ContextVar("rhesis_tasks.open_scopes", default=())
+# The scopes that are open here, and the tenant before each.  In the context, not on the scope: threads and asyncio
+# tasks may enter one and the same scope at once.
+open_scopes: ContextVar[tuple[tuple[object, TenantContext | None], ...]] = ContextVar(
+    "rhesis_tasks.open_scopes", default=()
+)
 
 
 def current_tenant() -> TenantContext | None:
@@ -215,15 +217,23 @@ class tenant_scope:
         self.tenant = as_tenant(ctx_or_user)
 
     def __enter__(self) -> TenantContext:
-        _open_scopes.set((*_open_scopes.get(), tenant_var.set(self.tenant)))
+        open_scopes.set((*open_scopes.get(), (self, tenant_var.get())))
+        tenant_var.set(self.tenant)
         return self.tenant
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        *outer, token = _open_scopes.get()
-        _open_scopes.set(tuple(outer))
-        tenant_var.reset(token)
+        scopes = list(open_scopes.get())
+        mine = [position for position, (scope, _) in enumerate(scopes) if scope is self]
+        if not mine:
+            return  # opened elsewhere: by a generator that is closed late, by another thread or after its task
+        _, before = scopes.pop(mine[-1])
+        if mine[-1] == len(scopes):
+            tenant_var.set(before)
+        else:  # others are open inside of it, and come back to what was before
+            scopes[mine[-1]] = (scopes[mine[-1]][0], before)
+        open_scopes.set(tuple(scopes))
 
     async def __aenter__(self) -> TenantContext:
         return self.__enter__()

@@ -24,6 +24,7 @@ __all__ = [
     "HEADER",
     "MAX_BYTES",
     "Envelope",
+    "OwnHeader",
     "RequestState",
     "capture",
     "carried_by",
@@ -119,13 +120,17 @@ def context_headers(ctx_or_user: TenantContext | CurrentUser, /) -> dict[str, An
     return {HEADER: encode(Envelope(as_tenant(ctx_or_user)))}
 
 
+class OwnHeader(dict[str, Any]):
+    """A header that was made in this process, and did not come in a message."""
+
+
 def encode(envelope: Envelope) -> dict[str, Any]:
     """The header's value.
 
     Raises:
         InvalidTenantError: it is larger than MAX_BYTES, or holds an int beyond 64 bits.
     """
-    value: dict[str, Any] = {"v": VERSION}
+    value = OwnHeader({"v": VERSION})
     tenant = envelope.tenant
     if tenant is not None:
         value["organization_id"] = tenant.organization_id

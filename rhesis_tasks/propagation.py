@@ -15,15 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from celery.signals import task_postrun, task_prerun
+from celery.signals import task_postrun, task_prerun, worker_init, worker_shutdown
 from kombu.utils.uuid import uuid
 
-from .canvas import Carry, bound_options
+from .canvas import Carry, bound_options, full_name, published
 from .context import TenantContext, agreed, current_tenant, exactly, tenant_in
-from .errors import ContextError, HeaderError, NotConfiguredError
+from .errors import ContextError, HeaderError, NotConfiguredError, SignatureError
 from .headers import (
     HEADER,
     Envelope,
+    OwnHeader,
     RequestState,
     capture,
     carried_by,
@@ -61,6 +62,7 @@ __all__ = [
 _apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
 _UID = "rhesis_tasks.propagation"
 _NOTHING = nullcontext()
+_UNLOCK = "celery.chord_unlock"
 _BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
@@ -95,8 +97,8 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         headers = options.get("headers")
         task = app.tasks.get(name)
         task_id = task_id or uuid()
-        if signer is not None:
-            require_genuine(app, headers, name, task_id)
+        full = full_name(name, kwargs)
+        require_genuine(app, headers, full, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
@@ -104,7 +106,9 @@ def install(app: Celery, signer: Signer | None = None) -> None:
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
             launcher = capture() if current_tenant() else outgoing_envelope(headers)
             options |= bound_options(options, carrier(app, launcher), app)
-        options["headers"] = with_context(app, headers, envelope, name, task_id)
+        if name == _UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
+            args = (args[0], bound_options({"chord": args[1]}, carrier(app, envelope), app)["chord"], *args[2:])
+        options["headers"] = with_context(app, headers, envelope, full, task_id)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
         send_task = own or functools.partial(type(app).send_task, app)
@@ -119,6 +123,8 @@ def install(app: Celery, signer: Signer | None = None) -> None:
     app.send_task = send_task_with_context  # type: ignore[method-assign]
     task_prerun.connect(_enter, weak=False, dispatch_uid=f"{_UID}.enter")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
+    worker_init.connect(_begin_to_work, weak=False, dispatch_uid=f"{_UID}.begin")
+    worker_shutdown.connect(_end_work, weak=False, dispatch_uid=f"{_UID}.end")
     _apps[app] = signer
 
 
@@ -130,6 +136,8 @@ def uninstall(app: Celery) -> None:
     if not _apps:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
+        worker_init.disconnect(dispatch_uid=f"{_UID}.begin")
+        worker_shutdown.disconnect(dispatch_uid=f"{_UID}.end")
 
 
 def is_installed(app: Celery) -> bool:
@@ -201,18 +209,20 @@ def with_context(
 
 
 def require_genuine(app: Celery, headers: Mapping[str, Any] | None, task: str, task_id: str) -> None:
-    """Check that a worker does not sign what came to it unsigned, as part of a canvas or for a retry.
+    """Check that what is about to be signed did not come unsigned, as part of a canvas or for a retry.
 
-    Headers that are given where nothing is run are the application's own.
+    Headers that are given in another process than a worker's are the application's own.
 
     Raises:
         SignatureError: the headers have a context that is not signed.
     """
     signer = _apps.get(app)
-    if signer is None or app.current_worker_task is None:
+    if signer is None:
         return
     own = find(headers)
-    if own is not None and not signer.accepts(own, task, task_id):
+    if own is None or isinstance(own, OwnHeader) or signer.accepts(own, task, task_id):
+        return
+    if is_signed(own) or _worker_apps or app.current_worker_task is not None:
         signer.check(own, task, None)
 
 
@@ -224,7 +234,8 @@ def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = No
     """
     signer = _apps.get(app)
 
-    def carry(task: str, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    def carry(part: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+        task = full_name(part["task"], part.get("kwargs"))
         header = find(own)
         if header is None:
             return with_context(app, {**(more or {}), **own}, envelope, task, None)
@@ -282,11 +293,38 @@ def _envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
     value = carried_by(request)
     signer = _apps.get(task.app)
     if signer is not None:
-        signer.check(value, task.name, request.id)
+        _require_signed(signer, value, task, request)
     envelope = Envelope() if value is None else decode(value)
     if signer is not None and envelope.tenant is None:
         return envelope  # arguments are not signed, so they name no tenant
     return _of_task(envelope, "the message's header", task, request.kwargs)
+
+
+def _require_signed(signer: Signer, header: object, task: Task[Any, Any], request: Context) -> None:
+    """Check the signatures of a message: its own, and those of what is published after it.
+
+    Raises:
+        SignatureError: one of them is missing or not ours.
+    """
+    name = full_name(task.name, request.kwargs)
+    signer.check(header, name, request.id if isinstance(request.id, str) else "")
+    try:
+        later = [part for signature in _embedded(task, request) for part in published(signature)]
+        signed = [(find((part.get("options") or {}).get("headers")), part) for part in later]
+    except Exception:  # whatever somebody has put there
+        raise signer.refusal("comes with something that is no canvas of ours", name, request.id) from None
+    for own, part in signed:
+        signer.check(own, full_name(part["task"], part.get("kwargs")), None)
+
+
+def _embedded(task: Task[Any, Any], request: Context) -> list[Any]:
+    """The signatures that a message brings along for Celery to publish."""
+    found: list[Any] = [request.chord] if request.chord else []
+    for several in (request.callbacks, request.errbacks, request.chain):
+        found += several or []
+    if task.name == _UNLOCK:
+        found.append((request.args or ())[1])
+    return found
 
 
 def carried_header(request: Context) -> dict[str, Any]:
@@ -353,6 +391,9 @@ def _restore(task: Task[Any, Any], request: Context) -> RequestState:
     except ContextError as error:
         # The work is refused; until then nothing of whatever ran here before may show.
         refusal, envelope, activation = error, Envelope(), Activation(None, {})
+        if isinstance(error, SignatureError):
+            # Nor may anything be published for it.
+            vars(request).update(callbacks=None, errbacks=None, chain=None, chord=None)
         owner = None if isinstance(error, HeaderError) else _named_by_header(request)
     state = RequestState(activation=activation, envelope=envelope, tenant=owner, refusal=refusal)
     keep_state(request, state)
@@ -378,12 +419,57 @@ def _undo(state: RequestState | None) -> None:
         state.activation = None
 
 
-def _enter(sender: Task[Any, Any], **_: Any) -> None:
+def _enter(sender: Task[Any, Any], task_id: str | None = None, **_: Any) -> None:
     """task_prerun: the context of the message becomes the running one."""
     if sender.app in _apps:
-        _restore(sender, sender.request)
+        request = sender.request
+        if request.id != task_id:
+            # What a message brings along may say anything, and is merged into the request.
+            request.id = task_id
+        _restore(sender, request)
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:
     """task_postrun: what was there before comes back."""
     _undo(state_of(sender.request))
+
+
+# --- a worker's process --------------------------------------------------------------------------------------
+
+_worker_apps: list[Celery] = []  # whose workers run in this process, or in the one that it was forked from
+
+
+def _begin_to_work(sender: Any, **_: Any) -> None:
+    """worker_init: from now on what is published may have come in a message."""
+    app: Celery = sender.app
+    if app not in _apps:
+        return
+    if _apps[app] is not None:
+        _require_safe(app)
+    _worker_apps.append(app)
+
+
+def _end_work(sender: Any, **_: Any) -> None:
+    """worker_shutdown."""
+    if sender.app in _worker_apps:
+        _worker_apps.remove(sender.app)
+
+
+def _require_safe(app: Celery) -> None:
+    """End a worker that would run what is not signed.
+
+    Raises:
+        SystemExit: since Celery swallows all other exceptions of receivers.
+    """
+    app.finalize()
+    strange = sorted(name for name, task in app.tasks.items() if not getattr(type(task), "checks_signatures", False))
+    if strange:
+        raise SystemExit(
+            f"application {app.main!r} has signing_keys, but its tasks {', '.join(strange)} do not check signatures: "
+            "let them inherit from rhesis_tasks.BaseTask first"
+        )
+    if app.conf.get("worker_deduplicate_successful_tasks"):
+        raise SystemExit(
+            f"application {app.main!r} has signing_keys and worker_deduplicate_successful_tasks: with the latter, "
+            "Celery publishes what a message brings along before anybody can check it.  Switch it off"
+        )

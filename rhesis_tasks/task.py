@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -18,6 +17,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.uuid import uuid
 from typing_extensions import override
 
+from .canvas import full_name
 from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
 from .headers import RequestState, state_of
@@ -55,7 +55,17 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     """A task that carries the context."""
 
     abstract = True
+    checks_signatures: ClassVar[bool] = True
     Request = "rhesis_tasks.request:ContextRequest"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        caller = next(base for base in cls.__mro__ if "__call__" in vars(base))
+        if not issubclass(caller, ContextTask):
+            raise TaskDefinitionError(
+                f"the __call__ of {caller.__name__} comes before that of rhesis-tasks in task class {cls.__name__}, "
+                "which would refuse nothing.  Name the base from rhesis_tasks first"
+            )
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +142,9 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         Publishing is what puts the header in, and nothing is published here.
         """
         task_id = task_id or uuid()
-        require_genuine(self.app, headers, self.name, task_id)
-        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), self.name, task_id)
+        name = full_name(self.name, kwargs)
+        require_genuine(self.app, headers, name, task_id)
+        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), name, task_id)
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
@@ -236,7 +247,7 @@ class BaseTask(ContextTask):
         """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
         request = self.request
         if _is_plain_call(request):
-            with exactly(None) if self.system else nullcontext():
+            with exactly(outgoing_tenant(None, self, kwargs)):
                 self._refuse_without(current_tenant())
                 return super().__call__(*args, **kwargs)
         self._refuse_unconfigured()

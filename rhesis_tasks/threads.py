@@ -19,6 +19,8 @@ from .variables import MISSING, Activation, registered_vars
 
 __all__ = ["ContextThreadPoolExecutor", "wrap"]
 
+_LATER = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -37,7 +39,8 @@ def wrap(function: Callable[P, R], /) -> Callable[P, R]:
         TaskDefinitionError: (a TypeError) the function is no plain one: what ``async def`` and generator functions
             return runs later, and asyncio carries the context by itself.
     """
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    called = function if inspect.isroutine(function) else getattr(type(function), "__call__", function)  # noqa: B004
+    if any(is_later(each) for is_later in _LATER for each in (function, called)):
         raise TaskDefinitionError(f"wrap() takes a plain function; {function!r} would run after the call")
     if not callable(function):
         raise TaskDefinitionError(f"wrap() takes a function, not {type(function).__name__}")

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 from contextvars_extras import ContextVarDescriptor, ContextVarsRegistry
 from contextvars_extras.context_var_ext import DeletionMark, NoDefault
 
-from .context import TenantContext, tenant_var
+from .context import TenantContext, open_scopes, tenant_var
 from .errors import HeaderError, InvalidTenantError
 
 __all__ = [
@@ -204,7 +204,7 @@ class Activation:
     __slots__ = ("_tokens", "_unset", "_values")
 
     def __init__(self, tenant: TenantContext | None, variables: Mapping[str, Any], *, are_loaded: bool = False) -> None:
-        self._tokens: list[Token[Any]] = [tenant_var.set(tenant)]
+        self._tokens: list[Token[Any]] = [open_scopes.set(()), tenant_var.set(tenant)]
         self._values: list[tuple[ContextVar[Any], Any]] = [(tenant_var, tenant)]
         # Variables that nobody has set stay so: to the body they look as they did to the launcher.
         self._unset: list[RegisteredVar] = []

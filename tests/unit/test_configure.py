@@ -321,6 +321,8 @@ def test_a_wrong_url_in_the_environment_is_an_error_at_once(bare: Celery, monkey
         ([b"long enough, really", b"short"], "at least 16 are needed"),
         (["long enough, really", 16], "takes str or bytes, not int"),
         ("one key that is long enough", "takes a list of keys"),
+        ([], "signing_keys= is empty"),
+        (iter([]), "signing_keys= is empty"),
     ],
 )
 def test_signing_keys_that_cannot_be_used_are_an_error_that_does_not_show_them(

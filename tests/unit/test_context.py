@@ -10,7 +10,9 @@ import json
 import pickle
 import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 from rhesis_tasks import TenantContext, current_tenant, require_tenant, tenant_scope
 from rhesis_tasks.context import as_tenant, resolve_tenant
 from rhesis_tasks.errors import InvalidTenantError, MissingTenantError, TenantConflictError
+from rhesis_tasks.variables import Activation
 
 ACME = TenantContext("acme", "alice")
 GLOBEX = TenantContext("globex", "gus")
@@ -465,3 +468,73 @@ def test_one_scope_can_be_open_in_several_threads_at_once() -> None:
         results = [future.result(timeout=10) for future in [threads.submit(work) for _ in range(2)]]
 
     assert results == [[TenantContext("acme"), None]] * 2
+
+
+# --- scopes that are closed out of order -----------------------------------------------------------------------
+
+
+def rows(tenant: TenantContext) -> Iterator[int]:
+    """A generator that keeps a scope open while it is suspended."""
+    with tenant_scope(tenant):
+        yield 1
+
+
+def suspended(tenant: TenantContext) -> Iterator[int]:
+    generator = rows(tenant)
+    next(generator)
+    return generator
+
+
+def close(generator: Any) -> None:
+    generator.close()
+
+
+def test_a_scope_in_a_generator_that_is_closed_late_changes_nobody_elses_tenant() -> None:
+    def work() -> None:
+        generator = suspended(GLOBEX)
+        with tenant_scope(ACME):
+            close(generator)
+            assert current_tenant() == ACME
+        assert current_tenant() is None, "and not what was active inside of the generator"
+
+    Context().run(work)
+
+
+def test_scopes_may_be_closed_in_any_order() -> None:
+    def work() -> None:
+        generators = [suspended(TenantContext(str(number))) for number in range(4)]
+        for number in (1, 0, 3):
+            close(generators[number])
+        assert current_tenant() == TenantContext("2")
+        close(generators[2])
+        assert current_tenant() is None
+
+    Context().run(work)
+
+
+def test_a_generator_that_is_closed_in_another_thread_or_context_changes_nothing_there() -> None:
+    def close_inside() -> TenantContext | None:
+        with tenant_scope(ACME):
+            close(generator)
+            return current_tenant()
+
+    generator = Context().run(suspended, GLOBEX)
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(close_inside).result(10) == ACME
+        assert executor.submit(current_tenant).result(10) is None
+
+
+def test_a_scope_of_a_task_that_has_ended_is_none_of_the_next() -> None:
+    def work() -> None:
+        first = Activation(ACME, {})
+        generator = suspended(GLOBEX)
+        first.undo()
+        second = Activation(TenantContext("initech"), {})
+        with tenant_scope(TenantContext("third")):
+            close(generator)
+            assert current_tenant() == TenantContext("third")
+        assert current_tenant() == TenantContext("initech")
+        second.undo()
+        assert current_tenant() is None
+
+    Context().run(work)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord, group
+from celery import Celery, Task, chain, chord, group
+from celery.signals import worker_init, worker_shutdown
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu.message import Message
 
-from rhesis_tasks import BaseTask, TenantContext, configure, current_tenant, launch_with_context, tenant_scope
-from rhesis_tasks.errors import SignatureError
+from rhesis_tasks import (
+    BaseTask,
+    TenantContext,
+    configure,
+    context_headers,
+    current_tenant,
+    launch_with_context,
+    tenant_scope,
+)
+from rhesis_tasks.errors import SignatureError, TaskDefinitionError
 from rhesis_tasks.headers import HEADER, Envelope, encode
 from rhesis_tasks.signing import Signer
 
@@ -56,8 +67,12 @@ def signed(make_app: Callable[..., Celery], seen: Seen) -> MakeSigned:
         def anybody() -> None:
             seen.append(current_tenant())
 
+        @app.task(name="inline")
+        def inline(request: Any, error: Any, traceback: Any) -> None:
+            seen.append("inline")
+
         @app.task(name="plain")
-        def plain() -> None:
+        def plain(*_: Any) -> None:
             seen.append(current_tenant())
 
         return app
@@ -99,7 +114,7 @@ LAUNCHES: dict[str, tuple[Callable[[Celery], Any], int]] = {
     ),
     "link": (lambda app: task(app, "note").apply_async(link=task(app, "note").si()), 2),
     "headers of the application's own": (
-        lambda app: task(app, "note").apply_async(headers={HEADER: encode(Envelope(ACME))}),
+        lambda app: task(app, "note").apply_async(headers={HEADER: dict(encode(Envelope(ACME)))}),
         1,
     ),
     "eager": (lambda app: task(app, "note").apply(throw=True), 1),
@@ -149,9 +164,15 @@ def test_what_only_an_old_key_signed_is_refused_once_it_is_dropped(
 
 # --- what is not never does --------------------------------------------------------------------------------------
 
+
+def plain(tenant: TenantContext) -> dict[str, Any]:
+    """The headers for a tenant as they come in a message, unsigned."""
+    return {HEADER: dict(encode(Envelope(tenant)))}
+
+
 HEADERS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "unsigned": {HEADER: encode(Envelope(ACME))},
+    "unsigned": {HEADER: dict(encode(Envelope(ACME)))},
     "flat": {"organization_id": "acme"},
     "unsigned for nobody": {HEADER: encode(Envelope())},
     "garbage": {HEADER: "garbage"},
@@ -167,7 +188,7 @@ HEADERS: dict[str, dict[str, Any] | None] = {
     "with a variable more": {
         HEADER: {**Signer([NEW]).sign(encode(Envelope(ACME)), "note", "forged"), "vars": {"locale": "de"}}
     },
-    "a state of ours": {"rhesis_tasks_state": {"is_running": True}, HEADER: encode(Envelope(ACME))},
+    "a state of ours": {"rhesis_tasks_state": {"is_running": True}, HEADER: dict(encode(Envelope(ACME)))},
 }
 
 
@@ -213,36 +234,201 @@ def test_a_publisher_with_a_key_signs_the_tenant_that_arguments_name(app: Celery
     assert seen == ["acme"]
 
 
-@pytest.mark.filterwarnings("ignore:Exception raised outside body:RuntimeWarning")  # how Celery tells of it
-@pytest.mark.parametrize("where", ["chain", "link"])
-@pytest.mark.parametrize("header", ["unsigned", "of a foreign key", "for another task"])
-def test_a_later_part_that_somebody_changed_on_its_way_never_runs(
-    app: Celery, stranger: Celery, where: str, header: str, work_off: Any, seen: Seen
+def steal(app: Celery, launch: Callable[[], Any], taken: Callable[[Celery], list[Message]]) -> tuple[Any, ...]:
+    """The headers, arguments and embedded signatures of a message of acme's."""
+    with tenant_scope(ACME):
+        launch()
+    message = taken(app)[0]
+    return (dict(message.headers), *message.payload)
+
+
+@pytest.fixture
+def taken() -> Callable[[Celery], list[Message]]:
+    """Takes the messages of an application out of its queue."""
+
+    def take(app: Celery) -> list[Message]:
+        with app.connection_for_read() as connection:
+            queue = app.amqp.queues[app.conf.task_default_queue].bind(connection.default_channel)
+            queue.declare()
+            return list(iter(lambda: queue.get(no_ack=True), None))
+
+    return take
+
+
+def push(app: Celery, headers: dict[str, Any], body: Any) -> None:
+    """Write a message by hand, as whoever can write to the broker."""
+    with app.connection_for_write() as connection:
+        queue = app.amqp.queues[app.conf.task_default_queue]
+        producer = connection.Producer(serializer="json", exchange=queue.exchange, routing_key=queue.routing_key)
+        producer.publish(body, declare=[queue], headers=headers)
+
+
+PARTS: dict[str, Callable[[Celery], Any]] = {
+    "unsigned": lambda app: app.signature("note", immutable=True, headers=plain(ACME)),
+    "flat": lambda app: app.signature("note", immutable=True, headers={"organization_id": "acme"}),
+    "without a header": lambda app: app.signature("sweep", immutable=True),
+    "with ids among its arguments": lambda app: app.signature(
+        "note", kwargs={"organization_id": "acme"}, immutable=True
+    ),
+    "of a foreign key": lambda app: app.signature("note", immutable=True, headers=HEADERS["of a foreign key"]),
+    "for another task": lambda app: app.signature("note", immutable=True, headers=HEADERS["for another task"]),
+    "a chain": lambda app: chain(app.signature("plain", immutable=True), app.signature("sweep", immutable=True)),
+    "a map": lambda app: app.signature(
+        "celery.map", kwargs={"task": app.signature("plain"), "it": [1]}, immutable=True
+    ),
+    "called as a function": lambda app: app.signature("inline"),
+    "garbage": lambda _: {"task": ["note"], "options": 7, "subtask_type": "chain"},
+}
+
+
+@pytest.mark.parametrize("genuine", [True, False], ids=["of a genuine message", "of a forged message"])
+@pytest.mark.parametrize("where", ["callbacks", "errbacks", "chain", "chord"])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_what_somebody_has_hung_on_a_message_never_runs(
+    app: Celery,
+    stranger: Celery,
+    taken: Any,
+    part: Callable[[Celery], Any],
+    where: str,
+    genuine: bool,
+    work_off: Any,
+    seen: Seen,
 ) -> None:
-    first = {HEADER: Signer([NEW]).sign(encode(Envelope(ACME)), "note", "first")}
-    later = stranger.signature("note", immutable=True, headers=HEADERS[header], task_id="later")
-    options: dict[str, Any] = {where: [later]}
-    stranger.send_task("note", headers=first, task_id="first", **options)
+    headers, args, kwargs, embed = steal(app, lambda: task(app, "note").delay(), taken)
+    if not genuine:
+        headers = {**headers, HEADER: plain(ACME)[HEADER]}
+    later = part(stranger)
+    push(stranger, headers, [args, kwargs, {**embed, where: later if where == "chord" else [later]}])
     work_off(app)
 
+    assert seen == []
+
+
+def test_a_message_is_no_other_message(app: Celery, stranger: Celery, taken: Any, work_off: Any, seen: Seen) -> None:
+    note = task(app, "note")
+    headers, args, kwargs, embed = steal(app, lambda: chain(note.si(), task(app, "anybody").si()).delay(), taken)
+    later = embed["chain"][0]["options"]["headers"][HEADER]
+    push(stranger, {**headers, "id": "other"}, [args, kwargs, {"id": headers["id"]}])
+    for embedded_id in ({}, {"id": None}, {"id": ""}):
+        push(stranger, {**headers, "task": "anybody", "id": "new", HEADER: later}, [[], {}, embedded_id])
+    work_off(app)
+
+    assert seen == []
+
+
+def test_a_message_of_celerys_own_that_calls_a_task_inside_calls_no_other(
+    app: Celery, stranger: Celery, taken: Any, work_off: Any, seen: Seen
+) -> None:
+    headers, args, kwargs, embed = steal(app, lambda: task(app, "note").map([1]).delay(), taken)
+    push(stranger, headers, [args, {**kwargs, "task": stranger.signature("plain")}, embed])
+    work_off(app)
+    assert seen == []
+
+    push(stranger, headers, [args, kwargs, embed])
+    work_off(app)
     assert seen == ["acme"]
 
 
-def test_a_body_that_passes_unsigned_headers_along_is_told_to_open_a_scope(
+def test_the_body_of_a_polled_chord_is_no_other(
+    app: Celery, stranger: Celery, taken: Any, work_off: Any, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlock, body = task(app, "celery.chord_unlock"), task(app, "note").si()
+    headers, (group_id, _), kwargs, embed = steal(app, lambda: unlock.apply_async(("g", body), {"result": []}), taken)
+    push(stranger, headers, [[group_id, stranger.signature("sweep", immutable=True)], kwargs, embed])
+    work_off(app)
+
+    assert seen == []
+    assert caplog.records[0].name == "rhesis_tasks.security"
+
+
+def test_a_body_that_passes_on_headers_that_came_to_it_is_told_to_open_a_scope(
     app: Celery, work_off: Any, seen: Seen
 ) -> None:
     @app.task(base=BaseTask, name="relay")
-    def relay() -> None:
+    def relay(headers: dict[str, Any]) -> None:
         with pytest.raises(SignatureError, match="not signed"):
-            task(app, "note").apply_async(headers={HEADER: encode(Envelope(GLOBEX))})
+            task(app, "note").apply_async(headers=headers)
         with tenant_scope(GLOBEX):
             task(app, "note").delay()
+        task(app, "note").apply_async(headers=context_headers(ACME))
 
     with tenant_scope(ACME):
-        relay.delay()
+        relay.delay(plain(GLOBEX))
     work_off(app)
 
-    assert seen == ["globex"]
+    assert seen == ["globex", "acme"]
+
+
+class Starting:
+    """What Celery sends worker_init with."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+
+
+class Foreign(Task):  # type: ignore[type-arg]
+    """A task class of somebody who does not know us."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def test_a_worker_with_tasks_that_check_nothing_does_not_start(app: Celery) -> None:
+    app.task(base=Foreign, name="foreign")(lambda_free)
+
+    with pytest.raises(SystemExit, match="its tasks foreign do not check signatures"):
+        worker_init.send(sender=Starting(app))
+
+
+def test_a_worker_that_publishes_before_it_checks_does_not_start(app: Celery) -> None:
+    app.conf.worker_deduplicate_successful_tasks = True
+
+    with pytest.raises(SystemExit, match="worker_deduplicate_successful_tasks"):
+        worker_init.send(sender=Starting(app))
+
+
+def test_in_a_workers_process_nothing_unsigned_is_signed_though_no_task_runs(app: Celery, published: Any) -> None:
+    worker_init.send(sender=Starting(app))
+    try:
+        with pytest.raises(SignatureError):
+            task(app, "note").apply_async(headers=plain(ACME))
+    finally:
+        worker_shutdown.send(sender=Starting(app))
+
+    assert published(app) == []
+    task(app, "note").apply_async(headers=plain(ACME))
+    assert len(published(app)) == 1
+
+
+def lambda_free() -> None: ...
+
+
+def test_a_task_class_whose_call_would_refuse_nothing_is_refused() -> None:
+    with pytest.raises(TaskDefinitionError, match="comes before that of rhesis-tasks in task class Mixed"):
+        type("Mixed", (Foreign, BaseTask), {"abstract": True})
+
+    type("Fine", (BaseTask, Foreign), {"abstract": True})
+
+
+def nested(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def test_a_header_that_is_too_deep_to_be_checked_is_refused() -> None:
+    assert not Signer([NEW]).accepts({**nested(100_000), "sig": "0" * 64}, "note", "1")
+
+
+def test_keys_are_not_shown_pickled_or_kept_by_the_configuration(app: Celery) -> None:
+    from rhesis_tasks import app as module
+
+    assert NEW.decode() not in repr(module._configured) + repr(dict(module._configured)[app])
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(Signer([NEW]))
 
 
 header_values = st.recursive(

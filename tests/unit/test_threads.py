@@ -154,7 +154,15 @@ def generator() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("thing", [coroutine, generator, "text", None])
+async def async_generator() -> Any:
+    yield
+
+
+class Coroutine:
+    async def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("thing", [coroutine, generator, async_generator, Coroutine(), "text", None])
 def test_only_plain_functions_are_wrapped(thing: Any) -> None:
     with pytest.raises(TaskDefinitionError, match=r"wrap\(\) takes a"):
         wrap(thing)

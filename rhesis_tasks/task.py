@@ -221,8 +221,9 @@ class BaseTask(ContextTask):
             TypeError: the arguments do not fit the task's signature.
         """
         self._refuse_unconfigured()
-        # Once more when it is published, which does not happen in eager mode.
-        self.check_launch(outgoing_tenant(options.get("headers"), self, kwargs))
+        if current_tenant() is None:
+            # Once more when it is published, which does not happen in eager mode.
+            self.check_launch(outgoing_tenant(options.get("headers"), self, kwargs))
         return super().apply_async(args, kwargs, task_id, *more, **options)
 
     def check_launch(self, tenant: TenantContext | None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from arguments import positive
 from report import Measurement, machine, plot, summaries, table
 from servers import NAMES, Broker, install, started
 
@@ -197,9 +198,9 @@ def _about(settings: Settings, facts: Mapping[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--brokers", type=_names, default=list(NAMES), help=f"some of {','.join(NAMES)}; default all")
-    parser.add_argument("--rounds", type=_positive, default=3, help="times that each is measured; default 3")
-    parser.add_argument("--messages", type=_positive, default=2000, help="published and run in each; default 2000")
-    parser.add_argument("--samples", type=_positive, default=40, help="latencies in each; default 40")
+    parser.add_argument("--rounds", type=positive, default=3, help="times that each is measured; default 3")
+    parser.add_argument("--messages", type=positive, default=2000, help="published and run in each; default 2000")
+    parser.add_argument("--samples", type=positive, default=40, help="latencies in each; default 40")
     parser.add_argument("--install", action="store_true", help="first install what is missing from Debian and PyPI")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
@@ -212,13 +213,6 @@ def _names(text: str) -> list[str]:
     if unknown := [name for name in names if name not in NAMES]:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(NAMES)}")
     return [name for name in NAMES if name in names]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from arguments import positive
 from report import machine
 
 from rhesis_tasks.processes import ChildFailedError
@@ -220,18 +221,11 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=_positive, default=21, help="times that each is measured; default 21")
-    parser.add_argument("--batch", type=_positive, default=200, help="tasks published and run at a time; default 200")
+    parser.add_argument("--rounds", type=positive, default=21, help="times that each is measured; default 21")
+    parser.add_argument("--batch", type=positive, default=200, help="tasks published and run at a time; default 200")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...
         named = outgoing_envelope(headers, task, part.signature.get("kwargs")).tenant
         if launcher is not None and named is not None and not same_tenant(launcher, named):
             raise TenantConflictError(
-                f"{name} is bound to {named} by its headers, but is launched for {launcher}.  Launch what belongs to "
-                "different tenants separately",
+                f"{name} is bound to {named} by its headers or arguments, but is launched for {launcher}.  Launch what "
+                "belongs to different tenants separately",
                 first=named,
                 second=launcher,
             )

@@ -3,8 +3,8 @@
 Publishing: every message of an installed application passes through its ``send_task``, so the header is put
 in there.  (``before_task_publish`` does not say which application publishes, and swallows exceptions.)
 Running: ``task_prerun`` sets the context, ``task_postrun`` brings back what was there; both in the thread
-that runs the body.  Signals only carry, since Celery swallows what they raise; whether work is refused is up to
-:class:`~rhesis_tasks.BaseTask`, which asks here what was carried.
+that runs the body.  Signals only carry, since Celery swallows what they raise; work is refused by the tasks, which ask
+here what was carried, and whether it was signed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun, worker_init, worker_shutdown
 from kombu.utils.uuid import uuid
 
-from .canvas import Carry, bound_options, full_name, published
+from . import trust
+from .canvas import Carry, bound_options, full_name
 from .context import TenantContext, agreed, current_tenant, exactly, tenant_in
 from .errors import ContextError, HeaderError, NotConfiguredError, SignatureError
 from .headers import (
     HEADER,
     Envelope,
-    OwnHeader,
     RequestState,
     capture,
     carried_by,
@@ -35,6 +35,7 @@ from .headers import (
     state_of,
 )
 from .signing import Signer, is_signed
+from .trust import UNLOCK
 from .variables import Activation
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ __all__ = [
 _apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
 _UID = "rhesis_tasks.propagation"
 _NOTHING = nullcontext()
-_UNLOCK = "celery.chord_unlock"
 _BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
@@ -97,10 +97,7 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         headers = options.get("headers")
         task = app.tasks.get(name)
         task_id = task_id or uuid()
-        full = name
-        if signer is not None:
-            full = full_name(name, kwargs)
-            require_genuine(app, headers, full, task_id)
+        require_genuine(app, headers, name, kwargs, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
@@ -108,9 +105,9 @@ def install(app: Celery, signer: Signer | None = None) -> None:
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
             launcher = capture() if current_tenant() else outgoing_envelope(headers)
             options |= bound_options(options, carrier(app, launcher), app)
-        if name == _UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
+        if name == UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
             args = (args[0], bound_options({"chord": args[1]}, carrier(app, envelope), app)["chord"], *args[2:])
-        options["headers"] = with_context(app, headers, envelope, full, task_id)
+        options["headers"] = with_context(app, headers, envelope, name, kwargs, task_id)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
         send_task = own or functools.partial(type(app).send_task, app)
@@ -135,6 +132,7 @@ def uninstall(app: Celery) -> None:
     if app in _apps:
         del app.send_task
         del _apps[app]
+        trust.end_work(app)
     if not _apps:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
@@ -173,7 +171,7 @@ def outgoing_envelope(
     own = find(headers)
     if own is None:
         return _of_task(capture(), "the active tenant", task, kwargs)
-    return _of_task(decode(own), "the header", task, kwargs)
+    return _of_task(decode(own), "the header", task, kwargs, is_signed=is_signed(own))
 
 
 def outgoing_tenant(
@@ -185,9 +183,14 @@ def outgoing_tenant(
     return outgoing_envelope(headers, task, kwargs).tenant
 
 
-def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None) -> Envelope:
-    """What is carried, as far as the task wants it."""
-    if task is None:
+def _of_task(
+    envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None, *, is_signed: bool = False
+) -> Envelope:
+    """What is carried, as far as the task wants it.
+
+    Beside a signed header arguments name no tenant, since they are not signed; they may only contradict it.
+    """
+    if task is None or (is_signed and envelope.tenant is None):
         return envelope
     if getattr(task, "system", False):
         return Envelope(None, envelope.variables)
@@ -200,8 +203,19 @@ def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str,
     return Envelope(agreed([*carried, ("the tenant in the arguments", named)]), envelope.variables)
 
 
+def require_genuine(app: Celery, headers: Any, name: str, kwargs: Any, task_id: str) -> None:
+    """Check, where context is signed, that what is about to be published and signed may be.
+
+    Raises:
+        SignatureError: it came from elsewhere, unsigned.
+    """
+    signer = _apps.get(app)
+    if signer is not None:
+        trust.require_genuine(signer, app, headers, full_name(name, kwargs), task_id)
+
+
 def with_context(
-    app: Celery, headers: Mapping[str, Any] | None, envelope: Envelope, task: str, task_id: str | None
+    app: Celery, headers: Mapping[str, Any] | None, envelope: Envelope, name: str, kwargs: Any, task_id: str | None
 ) -> dict[str, Any]:
     """A copy of a message's headers that carries the envelope; without an id, of a part of a canvas.
 
@@ -209,25 +223,9 @@ def with_context(
     """
     header = encode(envelope)
     signer = _apps.get(app)
-    return {**(headers or {}), HEADER: header if signer is None else signer.sign(header, task, task_id)}
-
-
-def require_genuine(app: Celery, headers: Mapping[str, Any] | None, task: str, task_id: str) -> None:
-    """Check that what is about to be signed did not come unsigned, as part of a canvas or for a retry.
-
-    Headers that are given in another process than a worker's are the application's own.
-
-    Raises:
-        SignatureError: the headers have a context that is not signed.
-    """
-    signer = _apps.get(app)
-    if signer is None:
-        return
-    own = find(headers)
-    if own is None or isinstance(own, OwnHeader) or signer.accepts(own, task, task_id):
-        return
-    if is_signed(own) or _worker_apps or app.current_worker_task is not None:
-        signer.check(own, task, None)
+    if signer is not None:
+        header = signer.sign(header, full_name(name, kwargs), task_id)
+    return {**(headers or {}), HEADER: header}
 
 
 def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = None) -> Carry:
@@ -236,16 +234,15 @@ def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = No
     Args:
         more: other headers for all parts.
     """
-    signer = _apps.get(app)
 
     def carry(part: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-        task = full_name(part["task"], part.get("kwargs"))
+        name, kwargs = part["task"], part.get("kwargs")
         header = find(own)
         if header is None:
-            return with_context(app, {**(more or {}), **own}, envelope, task, None)
-        if signer is not None and not is_signed(header):
-            require_genuine(app, own, task, "")
-            return with_context(app, {**(more or {}), **own}, decode(header), task, None)
+            return with_context(app, {**(more or {}), **own}, envelope, name, kwargs, None)
+        if _apps.get(app) is not None and not is_signed(header):
+            require_genuine(app, own, name, kwargs, "")
+            return with_context(app, {**(more or {}), **own}, decode(header), name, kwargs, None)
         return {**more, **own} if more else own
 
     return carry
@@ -294,41 +291,12 @@ def _envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
         HeaderError: its header cannot be read, or is not signed where it should be.
         TenantConflictError, InvalidTenantError: its arguments name another tenant, or something that is none.
     """
-    value = carried_by(request)
     signer = _apps.get(task.app)
     if signer is not None:
-        _require_signed(signer, value, task, request)
+        trust.require_signed(signer, task, request)
+    value = carried_by(request)
     envelope = Envelope() if value is None else decode(value)
-    if signer is not None and envelope.tenant is None:
-        return envelope  # arguments are not signed, so they name no tenant
-    return _of_task(envelope, "the message's header", task, request.kwargs)
-
-
-def _require_signed(signer: Signer, header: object, task: Task[Any, Any], request: Context) -> None:
-    """Check the signatures of a message: its own, and those of what is published after it.
-
-    Raises:
-        SignatureError: one of them is missing or not ours.
-    """
-    name = full_name(task.name, request.kwargs)
-    signer.check(header, name, request.id if isinstance(request.id, str) else "")
-    try:
-        later = [part for signature in _embedded(task, request) for part in published(signature)]
-        signed = [(find((part.get("options") or {}).get("headers")), part) for part in later]
-    except Exception:  # whatever somebody has put there
-        raise signer.refusal("comes with something that is no canvas of ours", name, request.id) from None
-    for own, part in signed:
-        signer.check(own, full_name(part["task"], part.get("kwargs")), None)
-
-
-def _embedded(task: Task[Any, Any], request: Context) -> list[Any]:
-    """The signatures that a message brings along for Celery to publish."""
-    found: list[Any] = [request.chord] if request.chord else []
-    for several in (request.callbacks, request.errbacks, request.chain):
-        found += several or []
-    if task.name == _UNLOCK:
-        found.append((request.args or ())[1])
-    return found
+    return _of_task(envelope, "the message's header", task, request.kwargs, is_signed=signer is not None)
 
 
 def carried_header(request: Context) -> dict[str, Any]:
@@ -438,42 +406,13 @@ def _leave(sender: Task[Any, Any], **_: Any) -> None:
     _undo(state_of(sender.request))
 
 
-# --- a worker's process --------------------------------------------------------------------------------------
-
-_worker_apps: list[Celery] = []  # whose workers run in this process, or in the one that it was forked from
-
-
 def _begin_to_work(sender: Any, **_: Any) -> None:
-    """worker_init: from now on what is published may have come in a message."""
-    app: Celery = sender.app
-    if app not in _apps:
-        return
-    if _apps[app] is not None:
-        _require_safe(app)
-    _worker_apps.append(app)
+    """worker_init."""
+    signer = _apps.get(sender.app)
+    if signer is not None:
+        trust.begin_to_work(sender.app)
 
 
 def _end_work(sender: Any, **_: Any) -> None:
     """worker_shutdown."""
-    if sender.app in _worker_apps:
-        _worker_apps.remove(sender.app)
-
-
-def _require_safe(app: Celery) -> None:
-    """End a worker that would run what is not signed.
-
-    Raises:
-        SystemExit: since Celery swallows all other exceptions of receivers.
-    """
-    app.finalize()
-    strange = sorted(name for name, task in app.tasks.items() if not getattr(type(task), "checks_signatures", False))
-    if strange:
-        raise SystemExit(
-            f"application {app.main!r} has signing_keys, but its tasks {', '.join(strange)} do not check signatures: "
-            "let them inherit from rhesis_tasks.BaseTask first"
-        )
-    if app.conf.get("worker_deduplicate_successful_tasks"):
-        raise SystemExit(
-            f"application {app.main!r} has signing_keys and worker_deduplicate_successful_tasks: with the latter, "
-            "Celery publishes what a message brings along before anybody can check it.  Switch it off"
-        )
+    trust.end_work(sender.app)

@@ -17,7 +17,6 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.uuid import uuid
 from typing_extensions import override
 
-from .canvas import full_name
 from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
 from .headers import RequestState, state_of
@@ -142,9 +141,8 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         Publishing is what puts the header in, and nothing is published here.
         """
         task_id = task_id or uuid()
-        name = full_name(self.name, kwargs)
-        require_genuine(self.app, headers, name, task_id)
-        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), name, task_id)
+        require_genuine(self.app, headers, self.name, kwargs, task_id)
+        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), self.name, kwargs, task_id)
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
@@ -248,7 +246,8 @@ class BaseTask(ContextTask):
         """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
         request = self.request
         if _is_plain_call(request):
-            with exactly(outgoing_tenant(None, self, kwargs)):
+            # Ids among the arguments may only contradict the active tenant here.
+            with exactly(outgoing_tenant(None, self, kwargs if current_tenant() else None)):
                 self._refuse_without(current_tenant())
                 return super().__call__(*args, **kwargs)
         self._refuse_unconfigured()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,14 +18,14 @@ from typing import Any
 
 import celery
 import pytest
+from applications import application
 from celery import chord
 from kombu.utils.uuid import uuid
 
-from rhesis_tasks import TenantContext, tenant_scope, unconfigure
+from rhesis_tasks import TenantContext, tenant_scope
 from rhesis_tasks.postgres.results import TaskRecord
 from rhesis_tasks.processes import Child, wait_until
-from rhesis_tasks.testing import new_tenant_database, running_worker
-from rhesis_tasks.variables import unregister_context_var
+from rhesis_tasks.testing import running_worker
 
 HERE = Path(__file__).parent
 TIMEOUT = 30
@@ -250,23 +249,16 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
-    """The tasks, imported once, and the URL of the database that they are configured for."""
-    with ExitStack() as stack:
-        database = stack.enter_context(new_tenant_database(postgres_url))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("DATABASE_URL", database.url)
-        patch.syspath_prepend(HERE)
-        tasks = importlib.import_module("outcome_tasks")
-        stack.callback(unconfigure, tasks.app)
-        stack.callback(unregister_context_var, tasks.label)
+def tasks_and_url(postgres_url: str) -> Iterator[tuple[Any, str]]:
+    """The tasks, and the URL of their database."""
+    with application(postgres_url, "outcome_tasks") as (tasks, database):
         yield tasks, database.url
 
 
 @pytest.fixture(scope="module")
-def rigs(application: tuple[Any, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Rig]]:
+def rigs(tasks_and_url: tuple[Any, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Rig]]:
     """A worker in each pool that is asked for, with a queue of its own; it stays, to be asked again."""
-    tasks, url = application
+    tasks, url = tasks_and_url
     folder = tmp_path_factory.mktemp("outcomes")
     with ExitStack() as workers:
 

@@ -6,7 +6,6 @@ with ``--timeout 0`` if there are many.
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import time
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from applications import application
 from celery import chain, chord, group
 
-from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
+from rhesis_tasks import TenantContext, launch_with_context, tenant_scope
 from rhesis_tasks.processes import Child, wait_until
-from rhesis_tasks.testing import new_tenant_database, running_worker
-from rhesis_tasks.variables import unregister_context_var
+from rhesis_tasks.testing import running_worker
 
 HERE = Path(__file__).parent
 BODIES = int(os.environ.get("RHESIS_TASKS_SOAK_BODIES", "500"))
@@ -33,16 +32,9 @@ TIMEOUT = 90 + AT_ONCE / 10
 
 
 @pytest.fixture(scope="module")
-def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
-    """The tasks, imported once, and the URL of the database that they are configured for."""
-    with ExitStack() as stack:
-        database = stack.enter_context(new_tenant_database(postgres_url))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("DATABASE_URL", database.url)
-        patch.syspath_prepend(HERE)
-        tasks = importlib.import_module("soak_tasks")
-        stack.callback(unconfigure, tasks.app)
-        stack.callback(unregister_context_var, tasks.mark)
+def tasks_and_url(postgres_url: str) -> Iterator[tuple[Any, str]]:
+    """The tasks, and the URL of their database."""
+    with application(postgres_url, "soak_tasks") as (tasks, database):
         yield tasks, database.url
 
 
@@ -117,9 +109,9 @@ class Workers(list[Child]):
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
 def test_every_body_has_its_launchers_tenant_whatever_happens(
-    application: tuple[Any, str], pool: str, tmp_path: Path
+    tasks_and_url: tuple[Any, str], pool: str, tmp_path: Path
 ) -> None:
-    tasks, url = application
+    tasks, url = tasks_and_url
     rng = random.Random(pool)  # the same canvases each time
     file = tmp_path / "seen"
     file.touch()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from contextvars import Context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from applications import application
 from celery import chain
 
-from rhesis_tasks import TenantContext, tenant_scope, unconfigure
+from rhesis_tasks import TenantContext, tenant_scope
 from rhesis_tasks.processes import wait_until
-from rhesis_tasks.testing import new_tenant_database, running_worker
-from rhesis_tasks.variables import unregister_context_var
+from rhesis_tasks.testing import running_worker
 
 pytest.importorskip("structlog")
 
@@ -74,15 +73,9 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
-    with ExitStack() as stack:
-        database = stack.enter_context(new_tenant_database(postgres_url))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("DATABASE_URL", database.url)
-        patch.syspath_prepend(HERE)
-        tasks = importlib.import_module("log_tasks")
-        stack.callback(unconfigure, tasks.app)
-        stack.callback(unregister_context_var, tasks.request_id)
+def tasks_and_url(postgres_url: str) -> Iterator[tuple[Any, str]]:
+    """The tasks, and the URL of their database."""
+    with application(postgres_url, "log_tasks") as (tasks, database):
         yield tasks, database.url
 
 
@@ -111,8 +104,8 @@ def launched(tasks: Any, tenant: TenantContext, pool: str, format: str) -> list[
 
 
 @pytest.fixture(scope="module", params=["text-prefork", "json-prefork", "json-threads", "structlog-threads"])
-def log(request: pytest.FixtureRequest, application: tuple[Any, str]) -> Log:
-    tasks, url = application
+def log(request: pytest.FixtureRequest, tasks_and_url: tuple[Any, str]) -> Log:
+    tasks, url = tasks_and_url
     format, pool = request.param.split("-")
     read = text_line if format == "text" else json_line
 

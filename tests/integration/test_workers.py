@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from applications import application
 from celery import chain, chord, group
 from celery.result import AsyncResult
 from kombu.utils.uuid import uuid
 
-from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
+from rhesis_tasks import TenantContext, launch_with_context, tenant_scope
 from rhesis_tasks.errors import MissingTenantError
 from rhesis_tasks.postgres.results import TaskRecord
 from rhesis_tasks.processes import Child, wait_until
 from rhesis_tasks.rls import enable_rls
-from rhesis_tasks.testing import new_tenant_database, running_worker
-from rhesis_tasks.variables import unregister_context_var
+from rhesis_tasks.testing import running_worker
 
 HERE = Path(__file__).parent
 TIMEOUT = 30
@@ -60,29 +58,21 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def application(postgres_url: str) -> Iterator[tuple[Any, str]]:
-    """The tasks, imported once, and the URL of the database that they are configured for."""
-    with ExitStack() as stack:
-        database = stack.enter_context(new_tenant_database(postgres_url))
+def tasks_and_url(postgres_url: str) -> Iterator[tuple[Any, str]]:
+    """The tasks, and the URL of their database."""
+    with application(postgres_url, "tenant_tasks") as (tasks, database):
         database.execute(
             "CREATE TABLE note (id bigint GENERATED ALWAYS AS IDENTITY, organization_id text NOT NULL, body text)",
             enable_rls("note", role=database.role, column_type="text"),
             f'GRANT SELECT, INSERT ON note TO "{database.role}"',
         )
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("DATABASE_URL", database.url)
-        patch.syspath_prepend(HERE)
-        tasks = importlib.import_module("tenant_tasks")
-        stack.callback(unconfigure, tasks.app)
-        for var in (tasks.request_id, tasks.Vars):
-            stack.callback(unregister_context_var, var)
         yield tasks, database.url
 
 
 @pytest.fixture(scope="module", params=["prefork", "threads", "solo", "gevent"])
-def rig(request: pytest.FixtureRequest, application: tuple[Any, str]) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, tasks_and_url: tuple[Any, str]) -> Iterator[Rig]:
     """A worker in each pool."""
-    tasks, url = application
+    tasks, url = tasks_and_url
     with running_worker("tenant_tasks", cwd=HERE, pool=request.param, env={"DATABASE_URL": url}) as worker:
         yield Rig(tasks, worker)
 

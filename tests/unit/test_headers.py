@@ -270,7 +270,7 @@ def test_a_callers_headers_are_copied_not_changed(app: Celery) -> None:
     headers = {"x": 1}
 
     for tenant in (ACME, TenantContext("globex")):
-        carried = with_context(app, headers, Envelope(tenant), "task", "id")
+        carried = with_context(app, headers, Envelope(tenant), "task", {}, "id")
         assert carried == {"x": 1, HEADER: encode(Envelope(tenant))}
 
     assert headers == {"x": 1}

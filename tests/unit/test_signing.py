@@ -64,7 +64,7 @@ def signed(make_app: Callable[..., Celery], seen: Seen) -> MakeSigned:
             seen.append(current_tenant())
 
         @app.task(base=BaseTask, name="anybody", tenant_required=False)
-        def anybody() -> None:
+        def anybody(organization_id: str | None = None) -> None:
             seen.append(current_tenant())
 
         @app.task(name="inline")
@@ -175,6 +175,7 @@ HEADERS: dict[str, dict[str, Any] | None] = {
     "unsigned": {HEADER: dict(encode(Envelope(ACME)))},
     "flat": {"organization_id": "acme"},
     "unsigned for nobody": {HEADER: encode(Envelope())},
+    "ours and flat, of two tenants": {HEADER: dict(encode(Envelope(ACME))), "organization_id": "globex"},
     "garbage": {HEADER: "garbage"},
     "empty signature": {HEADER: {**encode(Envelope(ACME)), "sig": ""}},
     "no text": {HEADER: {**encode(Envelope(ACME)), "sig": 7}},
@@ -225,6 +226,19 @@ def test_arguments_name_no_tenant_where_the_context_is_signed(
     work_off(app)
 
     assert seen == []
+
+
+def test_arguments_of_a_later_part_that_is_nobodys_name_no_tenant(
+    app: Celery, stranger: Celery, taken: Any, work_off: Any, seen: Seen
+) -> None:
+    chain(task(app, "sweep").si(), task(app, "anybody").si()).delay()
+    message = taken(app)[0]
+    args, kwargs, embed = message.payload
+    embed["chain"][0]["kwargs"] = {"organization_id": "acme"}
+    push(stranger, dict(message.headers), [args, kwargs, embed])
+    work_off(app)
+
+    assert seen == [None, None]
 
 
 def test_a_publisher_with_a_key_signs_the_tenant_that_arguments_name(app: Celery, work_off: Any, seen: Seen) -> None:

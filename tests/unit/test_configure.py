@@ -14,6 +14,7 @@ from celery.backends.cache import CacheBackend
 from sqlalchemy.engine import make_url
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, unconfigure
+from rhesis_tasks.app import DEFAULTS
 from rhesis_tasks.errors import ConfigurationError, NotConfiguredError
 from rhesis_tasks.headers import HEADER
 from rhesis_tasks.postgres.results import PostgresBackend
@@ -437,3 +438,17 @@ def test_a_launch_without_any_broker_names_the_ways_to_have_one(bare: Celery) ->
 
     with tenant_scope(ACME), pytest.raises(NotConfiguredError, match="Set DATABASE_URL"):
         bare.send_task("elsewhere")
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+def test_unconfiguring_brings_celerys_own_defaults_back(bare: Celery, read: str) -> None:
+    celerys = {key: Celery("other", set_as_current=False).conf[key] for key in DEFAULTS}
+    if read == "before":
+        assert bare.conf.task_acks_late is False
+    configure(bare, broker_url="memory://")
+    assert {key: bare.conf[key] for key in DEFAULTS} == dict(DEFAULTS) != celerys
+
+    unconfigure(bare)
+
+    assert {key: bare.conf[key] for key in DEFAULTS} == celerys
+    assert "rhesis_tasks_schema" not in bare.conf

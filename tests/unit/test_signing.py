@@ -462,5 +462,14 @@ def test_no_garbage_is_ever_accepted(header: Any, name: str, task_id: str | None
         assert signer.accepts(signer.sign(header, name, task_id), name, task_id)
 
 
+@pytest.mark.parametrize(("signed_for", "asked"), [(None, ""), ("", None), (None, "None")])
+def test_a_later_part_is_no_message_whatever_its_id(signed_for: str | None, asked: str | None) -> None:
+    signer = Signer([NEW])
+    header = signer.sign(encode(Envelope(ACME)), "note", signed_for)
+
+    assert signer.accepts(header, "note", signed_for)
+    assert not signer.accepts(header, "note", asked)
+
+
 def test_a_signer_does_not_show_its_keys() -> None:
     assert "key" not in repr(Signer([NEW, OLD])).replace("2 keys", "")

@@ -130,8 +130,8 @@ def encode(envelope: Envelope) -> dict[str, Any]:
     Raises:
         InvalidTenantError: it is larger than MAX_BYTES, or holds an int beyond 64 bits.
     """
-    value = OwnHeader({"v": VERSION})
-    tenant = envelope.tenant
+    value = OwnHeader(v=VERSION)
+    tenant, variables = envelope.tenant, envelope.variables
     if tenant is not None:
         value["organization_id"] = tenant.organization_id
         if tenant.user_id is not None:
@@ -140,27 +140,31 @@ def encode(envelope: Envelope) -> dict[str, Any]:
             value["project_id"] = tenant.project_id
         if tenant.extra:
             value["extra"] = dict(tenant.extra)
-    if envelope.variables:
-        value["vars"] = dict(envelope.variables)
-    _check_portable(value)
+    if variables:
+        value["vars"] = dict(variables)
+    if not _is_short_text(tenant, variables):
+        _check_portable(value)
     return value
 
 
+def _is_short_text(tenant: TenantContext | None, variables: Mapping[str, Any]) -> bool:
+    """Whether it is all text, and so little of it that nothing has to be measured: the usual case."""
+    try:
+        text = "".join((*variables, *variables.values()))
+        if tenant is not None:
+            if tenant.extra:
+                return False
+            text = "".join((text, tenant.organization_id, tenant.user_id or "", tenant.project_id or ""))
+    except TypeError:
+        return False
+    return (len(text) + len(variables) + 10) * 12 < MAX_BYTES  # a character takes at most 12 bytes of JSON
+
+
 def _check_portable(value: dict[str, Any]) -> None:
-    characters = 0
-    for name, item in value.items():
-        if isinstance(item, str):
-            characters += len(item)
-        elif isinstance(item, dict):
-            for inner, part in item.items():
-                if isinstance(part, str):
-                    characters += len(part)
-                elif part is not None and not -_MAX_INT <= part < _MAX_INT:
-                    raise InvalidTenantError(f"{inner!r} is beyond 64 bits; send it as a str", field=inner, value=part)
-                characters += len(inner) + 8
-        characters += len(name) + 8
-    if characters * 12 < MAX_BYTES:
-        return  # a character takes at most 12 bytes of JSON
+    for mapping in (value.get("extra", {}), value.get("vars", {})):
+        for name, part in mapping.items():
+            if isinstance(part, int) and not -_MAX_INT <= part < _MAX_INT:
+                raise InvalidTenantError(f"{name!r} is beyond 64 bits; send it as a str", field=name, value=part)
     size = len(json.dumps(value))
     if size > MAX_BYTES:
         raise InvalidTenantError(
@@ -176,12 +180,12 @@ def decode(value: object) -> Envelope:
     Raises:
         HeaderError: it is not one of ours, of a newer version, or holds a value that cannot be used.
     """
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise HeaderError(f"the context header is a {type(value).__name__}, not a mapping", header=value)
     version = value.get("v")
-    if type(version) is not int or version < 1:
-        raise HeaderError(f"the context header has no usable version: {version!r:.40}", header=value)
-    if version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
+        if type(version) is not int or version < 1:
+            raise HeaderError(f"the context header has no usable version: {version!r:.40}", header=value)
         raise HeaderError(
             f"the context header has version {version}, this worker understands up to {VERSION}.  Upgrade "
             "rhesis-tasks on the workers before the publishers",
@@ -205,18 +209,18 @@ def decode(value: object) -> Envelope:
 
 def _are_plain(variables: dict[Any, Any]) -> bool:
     for name, item in variables.items():
-        if type(name) is not str or not (type(item) is str or item is None or isinstance(item, (bool, int))):
+        if type(name) is not str or not (type(item) is str or item is None or isinstance(item, int)):
             return False
     return True
 
 
 def _tenant(organization_id: Any, user_id: Any, project_id: Any, extra: Any) -> TenantContext:
-    if type(organization_id) is str and extra is None and {type(user_id), type(project_id)} <= _ID_OR_NONE:
+    if extra is None and type(organization_id) is str and type(user_id) in _TEXT and type(project_id) in _TEXT:
         return _known_tenant(organization_id, user_id, project_id)
     return TenantContext(organization_id, user_id, project_id, extra)
 
 
-_ID_OR_NONE: Final = frozenset({str, type(None)})
+_TEXT: Final = (str, type(None))
 _known_tenant = functools.lru_cache(maxsize=1024)(TenantContext)  # frozen, and the same ones come again and again
 
 
@@ -243,7 +247,7 @@ def carried_by(request: object) -> object:
     """
     attributes = vars(request)
     nested = attributes.get("headers")
-    if not isinstance(nested, Mapping):
+    if type(nested) is not dict and not isinstance(nested, Mapping):
         nested = {}
     own = attributes.get(HEADER)
     if own is not None and "organization_id" not in attributes and "organization_id" not in nested:

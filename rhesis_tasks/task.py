@@ -250,11 +250,13 @@ class BaseTask(ContextTask):
             with exactly(outgoing_tenant(None, self, kwargs if current_tenant() else None)):
                 self._refuse_without(current_tenant())
                 return super().__call__(*args, **kwargs)
-        self._refuse_unconfigured()
+        if state_of(request) is None:  # an application that is not configured keeps none
+            self._refuse_unconfigured()
         state = begin(self, request)
         if state.refusal is not None:
             raise state.refusal
-        self._refuse_without(state.tenant)
+        if state.tenant is None:
+            self._refuse_without(None)
         try:
             return self._run_body(state, args, kwargs)
         except (Retry, Ignore, Reject):

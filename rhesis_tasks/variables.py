@@ -201,11 +201,13 @@ class Activation:
         HeaderError: a registered variable's ``load=`` refused its value; nothing is left set.
     """
 
-    __slots__ = ("_tokens", "_unset", "_values")
+    __slots__ = ("_scopes", "_set", "_unset")
 
     def __init__(self, tenant: TenantContext | None, variables: Mapping[str, Any], *, are_loaded: bool = False) -> None:
-        self._tokens: list[Token[Any]] = [open_scopes.set(()), tenant_var.set(tenant)]
-        self._values: list[tuple[ContextVar[Any], Any]] = [(tenant_var, tenant)]
+        self._scopes = open_scopes.get()
+        if self._scopes:
+            open_scopes.set(())
+        self._set: list[tuple[ContextVar[Any], Any, Token[Any]]] = [(tenant_var, tenant, tenant_var.set(tenant))]
         # Variables that nobody has set stay so: to the body they look as they did to the launcher.
         self._unset: list[RegisteredVar] = []
         try:
@@ -219,8 +221,8 @@ class Activation:
                 else:
                     self._unset.append(registered)
                     continue
-                self._tokens.append(registered.var.set(value))
-                self._values.append((registered.var, value))
+                var = registered.var
+                self._set.append((var, value, var.set(value)))
         except BaseException:
             self.undo()
             raise
@@ -231,7 +233,7 @@ class Activation:
         What Celery publishes after the body (chain, link, chord) belongs to the launcher's context, not to
         variables that the body set and forgot.
         """
-        for var, value in self._values:
+        for var, value, _ in self._set:
             if var.get(MISSING) is not value:
                 var.set(value)
         self._hide_unset()
@@ -244,12 +246,15 @@ class Activation:
 
     def undo(self) -> None:
         """Bring back what was set before, in reverse order; calling it again changes nothing."""
+        if not self._set:
+            return
         self._hide_unset()
-        self._values.clear()
         self._unset.clear()
-        while self._tokens:
-            token = self._tokens.pop()
-            token.var.reset(token)
+        while self._set:
+            var, _, token = self._set.pop()
+            var.reset(token)
+        if open_scopes.get() is not self._scopes:
+            open_scopes.set(self._scopes)
 
 
 def _absent_value(registered: RegisteredVar) -> Any:

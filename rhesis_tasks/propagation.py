@@ -20,8 +20,8 @@ from kombu.utils.uuid import uuid
 
 from . import trust
 from .canvas import Carry, bound_options, full_name
-from .context import TenantContext, agreed, current_tenant, exactly, tenant_in
-from .errors import ContextError, HeaderError, NotConfiguredError, SignatureError
+from .context import TenantContext, agreed, current_tenant, exactly, same_tenant, tenant_in
+from .errors import ContextError, HeaderError, NotConfiguredError, SignatureError, TenantConflictError
 from .headers import (
     HEADER,
     Envelope,
@@ -95,16 +95,16 @@ def install(app: Celery, signer: Signer | None = None) -> None:
     ) -> Any:
         require_broker()
         headers = options.get("headers")
-        task = app.tasks.get(name)
+        task = options.get("task_type") or app.tasks.get(name)
         task_id = task_id or uuid()
-        require_genuine(app, headers, name, kwargs, task_id)
+        if signer is not None:
+            require_genuine(app, headers, name, kwargs, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
         if any(map(options.get, _BOUND)):
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
-            launcher = capture() if current_tenant() else outgoing_envelope(headers)
-            options |= bound_options(options, carrier(app, launcher), app)
+            options |= bound_options(options, _carrier_of_launch(app, headers), app)
         if name == UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
             args = (args[0], bound_options({"chord": args[1]}, carrier(app, envelope), app)["chord"], *args[2:])
         options["headers"] = with_context(app, headers, envelope, name, kwargs, task_id)
@@ -246,6 +246,26 @@ def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = No
         return {**more, **own} if more else own
 
     return carry
+
+
+def _carrier_of_launch(app: Celery, headers: Mapping[str, Any] | None) -> Carry:
+    """What binds the parts that come with a launch to the launcher: the active tenant, else that of the headers."""
+    launcher, named = current_tenant(), outgoing_envelope(headers).tenant
+    carry = carrier(app, capture() if launcher else outgoing_envelope(headers))
+    if launcher is None or named is None or same_tenant(launcher, named):
+        return carry
+
+    def carry_unless_unbound(part: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+        if find(own) is None:
+            raise TenantConflictError(
+                f"the headers name {named}, but the active tenant, whose {part['task']} after it would be, is "
+                f"{launcher}.  To act for another tenant on purpose, open tenant_scope(...) for it",
+                first=named,
+                second=launcher,
+            )
+        return carry(part, own)
+
+    return carry_unless_unbound
 
 
 def records(app: Celery) -> bool:
@@ -407,7 +427,10 @@ def _leave(sender: Task[Any, Any], **_: Any) -> None:
 
 
 def _begin_to_work(sender: Any, **_: Any) -> None:
-    """worker_init."""
+    """worker_init, when the application's modules have been imported."""
+    # After all other receivers, so that they see the tenant, too.
+    task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
+    task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
     signer = _apps.get(sender.app)
     if signer is not None:
         trust.begin_to_work(sender.app)

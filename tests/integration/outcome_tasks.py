@@ -60,12 +60,12 @@ def listen(name: str, what: str | None = None) -> None:
     getattr(signals, name).connect(receive, weak=False)
 
 
-# Before configure(), so that they come before and after everything of the library's: all around a run.
+# Before configure() and after the worker's start, so that they come before and after everything of the library's: all
+# around a run.
 listen("task_prerun", "around_before")
-listen("task_postrun")
 configure(app, task_routes=(route,))
-listen("task_postrun", "around_after")
-for name in ("task_prerun", "task_failure", "task_revoked", "task_retry", "task_internal_error"):
+signals.worker_init.connect(lambda **_: listen("task_postrun", "around_after"), weak=False)
+for name in ("task_prerun", "task_postrun", "task_failure", "task_revoked", "task_retry", "task_internal_error"):
     listen(name)
 
 

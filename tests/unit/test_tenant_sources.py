@@ -283,6 +283,28 @@ def test_a_part_that_was_bound_to_another_tenant_stays_so(report: Any, work_off:
     assert [tenant for tenant, _ in seen] == [ACME, GLOBEX, ACME]
 
 
+MIXED: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "chain": lambda task, headers: chain(task.si(1), task.si(2)).apply_async(headers=headers),
+    "link": lambda task, headers: task.apply_async((1,), headers=headers, link=task.si(2)),
+    "link_error": lambda task, headers: task.apply_async((1,), headers=headers, link_error=task.si(2)),
+}
+
+
+@pytest.mark.parametrize("launch", MIXED.values(), ids=MIXED)
+def test_what_follows_a_launch_with_another_tenants_headers_is_not_left_to_chance(
+    report: Any, launch: Callable[[Any, dict[str, Any]], Any], published: Any
+) -> None:
+    headers = {HEADER: encode(Envelope(GLOBEX))}
+    with tenant_scope(ACME), pytest.raises(TenantConflictError, match=r"globex.*report after it.*acme"):
+        launch(report, headers)
+    assert published(report.app) == []
+
+    with tenant_scope(GLOBEX):
+        launch(report, headers)
+    launch(report, headers)
+    assert [message.organization for message in published(report.app)] == ["globex", "globex"]
+
+
 @pytest.mark.parametrize("nested", [{}, {"headers": {"sentry-trace": "1"}}], ids=["plain", "nested headers"])
 @pytest.mark.parametrize(
     ("headers", "kwargs"),

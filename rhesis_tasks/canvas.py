@@ -14,7 +14,7 @@ from celery.canvas import Signature
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "full_name", "last_task", "parts", "published"]
+__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "last_task", "parts"]
 
 COMPOSITES: Final = frozenset({"chain", "group", "chord"})
 _CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
@@ -68,22 +68,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def published(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The signatures in a signature, itself included, that are published as messages of their own."""
-    if signature.get("subtask_type") not in COMPOSITES:
-        yield signature
-    called = (signature.get("kwargs") or {}).get("task") if signature["task"] in _CALLING else None
-    for part, _ in _nested(signature, None):
-        if part is not called:
-            yield from published(part)
-
-
-def full_name(task: str, kwargs: object) -> str:
-    """A task's name; of one of Celery's own that calls another one inside (``map``), with that one's name."""
-    called = kwargs.get("task") if task in _CALLING and isinstance(kwargs, Mapping) else None
-    return f"{task} of {called.get('task')}" if isinstance(called, Mapping) else task
 
 
 def last_task(signature: Mapping[str, Any]) -> Mapping[str, Any] | None:

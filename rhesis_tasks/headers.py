@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .context import CurrentUser, TenantContext, agreed, as_tenant, current_tenant
-from .errors import ContextError, HeaderError, InvalidTenantError
+from .errors import ContextError, HeaderError, InvalidTenantError, SignatureError
 from .variables import MISSING, Activation, registered_vars
 
 __all__ = [
     "HEADER",
     "MAX_BYTES",
+    "REFUSED",
     "Envelope",
-    "OwnHeader",
     "RequestState",
     "capture",
     "carried_by",
@@ -41,7 +41,11 @@ VERSION: Final = 1
 MAX_BYTES: Final = 8192
 """The largest context that may travel, in bytes of JSON."""
 
+REFUSED: Final[Mapping[str, Any]] = {"refused": True}
+"""Stands for the context header of a message that nobody has signed, where context is signed."""
+
 _MAX_INT = 2**63
+_OURS, _THEIRS = "the context header", "the tenant in the flat headers"
 _FLAT_KEYS = ("organization_id", "user_id")
 
 
@@ -120,17 +124,13 @@ def context_headers(ctx_or_user: TenantContext | CurrentUser, /) -> dict[str, An
     return {HEADER: encode(Envelope(as_tenant(ctx_or_user)))}
 
 
-class OwnHeader(dict[str, Any]):
-    """A header that was made in this process, and did not come in a message."""
-
-
 def encode(envelope: Envelope) -> dict[str, Any]:
     """The header's value.
 
     Raises:
         InvalidTenantError: it is larger than MAX_BYTES, or holds an int beyond 64 bits.
     """
-    value = OwnHeader(v=VERSION)
+    value: dict[str, Any] = {"v": VERSION}
     tenant, variables = envelope.tenant, envelope.variables
     if tenant is not None:
         value["organization_id"] = tenant.organization_id
@@ -179,11 +179,17 @@ def decode(value: object) -> Envelope:
 
     Raises:
         HeaderError: it is not one of ours, of a newer version, or holds a value that cannot be used.
+        SignatureError: it stands for that of a message that is not signed.
     """
     if type(value) is not dict and not isinstance(value, Mapping):
         raise HeaderError(f"the context header is a {type(value).__name__}, not a mapping", header=value)
     version = value.get("v")
     if type(version) is not int or not 1 <= version <= VERSION:
+        if value == REFUSED:
+            raise SignatureError(
+                "the message is not signed, or not by us, or not as it was then.  Configure publishers and workers "
+                "with the same signing_keys"
+            )
         if type(version) is not int or version < 1:
             raise HeaderError(f"the context header has no usable version: {version!r:.40}", header=value)
         raise HeaderError(
@@ -233,7 +239,7 @@ def find(carrier: Mapping[str, Any] | None) -> object:
     Raises:
         TenantConflictError: there are both, and they name different tenants.
     """
-    return _one_of(carrier.get(HEADER), _flat(carrier)) if carrier else None
+    return _one_of((_OURS, carrier.get(HEADER)), (_THEIRS, _flat(carrier))) if carrier else None
 
 
 def carried_by(request: object) -> object:
@@ -243,19 +249,20 @@ def carried_by(request: object) -> object:
     and where another library nests a ``headers`` of its own in the message, only the attributes have ours.
 
     Raises:
-        TenantConflictError: there are flat headers too, and they name another tenant.
+        TenantConflictError: there are several, or flat headers too, and they name different tenants.
     """
     attributes = vars(request)
     nested = attributes.get("headers")
     if type(nested) is not dict and not isinstance(nested, Mapping):
         nested = {}
     own = attributes.get(HEADER)
-    if own is not None and "organization_id" not in attributes and "organization_id" not in nested:
+    if own is not None and not nested and "organization_id" not in attributes:
         return own
-    flat = _flat(nested)
-    if flat is None and state_of(request) is None:  # afterwards the attributes organization_id and user_id are ours
-        flat = _flat(attributes)
-    return _one_of(nested.get(HEADER) if own is None else own, flat)
+    # Once there is a state, the attributes organization_id and user_id are ours.
+    flat = _flat(attributes) if state_of(request) is None else None
+    return _one_of(
+        (_OURS, own), (f"nested, {_OURS}", nested.get(HEADER)), (_THEIRS, flat), (f"nested, {_THEIRS}", _flat(nested))
+    )
 
 
 def _flat(carrier: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -265,9 +272,10 @@ def _flat(carrier: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"v": VERSION, **{key: carrier[key] for key in _FLAT_KEYS if carrier.get(key) is not None}}
 
 
-def _one_of(own: object, flat: dict[str, Any] | None) -> object:
-    if own is None or flat is None:
-        return flat if own is None else own
-    named = [("the context header", decode(own).tenant), ("the tenant in the flat headers", decode(flat).tenant)]
-    agreed([(source, tenant) for source, tenant in named if tenant is not None])
-    return own
+def _one_of(*named: tuple[str, object]) -> object:
+    """The first of several headers, each with what it is called, all of which have to agree."""
+    found = [(source, header) for source, header in named if header is not None]
+    if len(found) > 1:
+        tenants = [(source, decode(header).tenant) for source, header in found]
+        agreed([(source, tenant) for source, tenant in tenants if tenant is not None])
+    return found[0][1] if found else None

@@ -88,7 +88,7 @@ def launch_with_context(
         headers = launch_options.pop("headers", None) or {}
         envelope = outgoing_envelope(headers)
         more = {key: value for key, value in headers.items() if key != HEADER}
-        carry = carrier(app, envelope, more)
+        carry = carrier(envelope, more)
         launch_options |= bound_options(launch_options, carry, app)
         with _recorded(app, signature, launch_options):
             return bound(signature, carry, app).apply_async(args, kwargs, **launch_options)

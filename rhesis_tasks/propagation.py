@@ -4,24 +4,25 @@ Publishing: every message of an installed application passes through its ``send_
 in there.  (``before_task_publish`` does not say which application publishes, and swallows exceptions.)
 Running: ``task_prerun`` sets the context, ``task_postrun`` brings back what was there; both in the thread
 that runs the body.  Signals only carry, since Celery swallows what they raise; work is refused by the tasks, which ask
-here what was carried, and whether it was signed.
+here what was carried.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from celery.signals import task_postrun, task_prerun, worker_init, worker_shutdown
+from celery.signals import task_postrun, task_prerun, worker_init, worker_ready
+from celery.utils.imports import symbol_by_name
 from kombu.utils.uuid import uuid
 
-from . import trust
-from .canvas import Carry, bound_options, full_name
+from .canvas import COMPOSITES, Carry, bound_options, parts
 from .context import TenantContext, agreed, current_tenant, exactly, same_tenant, tenant_in
-from .errors import ContextError, HeaderError, NotConfiguredError, SignatureError, TenantConflictError
+from .errors import ContextError, HeaderError, NotConfiguredError, TenantConflictError
 from .headers import (
     HEADER,
     Envelope,
@@ -34,8 +35,7 @@ from .headers import (
     keep_state,
     state_of,
 )
-from .signing import Signer, is_signed
-from .trust import UNLOCK
+from .signing import Signer, SigningProducer
 from .variables import Activation
 
 if TYPE_CHECKING:
@@ -53,16 +53,19 @@ __all__ = [
     "outgoing_envelope",
     "outgoing_tenant",
     "recorded",
+    "records",
     "renew",
-    "require_genuine",
     "restored",
+    "signer_of",
     "uninstall",
     "with_context",
 ]
 
 _apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
+_log = logging.getLogger(__name__)
 _UID = "rhesis_tasks.propagation"
 _NOTHING = nullcontext()
+_UNLOCK = "celery.chord_unlock"  # Celery's own, which polls for a chord
 _BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
@@ -97,22 +100,25 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         headers = options.get("headers")
         task = options.get("task_type") or app.tasks.get(name)
         task_id = task_id or uuid()
-        if signer is not None:
-            require_genuine(app, headers, name, kwargs, task_id)
         envelope = outgoing_envelope(headers, task, kwargs)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
         if any(map(options.get, _BOUND)):
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
-            options |= bound_options(options, _carrier_of_launch(app, headers), app)
-        if name == UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
-            args = (args[0], bound_options({"chord": args[1]}, carrier(app, envelope), app)["chord"], *args[2:])
-        options["headers"] = with_context(app, headers, envelope, name, kwargs, task_id)
+            for key in _BOUND:
+                later = bound_options({key: options.get(key)}, _carrier_of_launch(headers, key), app)
+                for part in _signatures(later.get(key)):
+                    _check_launch(app, part, None)
+                options |= later
+        if name == _UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
+            args = (args[0], bound_options({"chord": args[1]}, carrier(envelope), app)["chord"], *args[2:])
+        options["headers"] = with_context(headers, envelope)
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries"))
         send_task = own or functools.partial(type(app).send_task, app)
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
         with (
+            _NOTHING if signer is None else _signed(app, signer, options),
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
             recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else _NOTHING,
         ):
@@ -123,7 +129,7 @@ def install(app: Celery, signer: Signer | None = None) -> None:
     task_prerun.connect(_enter, weak=False, dispatch_uid=f"{_UID}.enter")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
     worker_init.connect(_begin_to_work, weak=False, dispatch_uid=f"{_UID}.begin")
-    worker_shutdown.connect(_end_work, weak=False, dispatch_uid=f"{_UID}.end")
+    worker_ready.connect(_ready, weak=False, dispatch_uid=f"{_UID}.ready")
     _apps[app] = signer
 
 
@@ -132,17 +138,21 @@ def uninstall(app: Celery) -> None:
     if app in _apps:
         del app.send_task
         del _apps[app]
-        trust.end_work(app)
     if not _apps:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
         worker_init.disconnect(dispatch_uid=f"{_UID}.begin")
-        worker_shutdown.disconnect(dispatch_uid=f"{_UID}.end")
+        worker_ready.disconnect(dispatch_uid=f"{_UID}.ready")
 
 
 def is_installed(app: Celery) -> bool:
     """Whether messages of this application carry the context."""
     return app in _apps
+
+
+def signer_of(app: Celery) -> Signer | None:
+    """What signs the messages of this application; None if they are not."""
+    return _apps.get(app)
 
 
 def installed_apps() -> list[Celery]:
@@ -171,7 +181,7 @@ def outgoing_envelope(
     own = find(headers)
     if own is None:
         return _of_task(capture(), "the active tenant", task, kwargs)
-    return _of_task(decode(own), "the header", task, kwargs, is_signed=is_signed(own))
+    return _of_task(decode(own), "the header", task, kwargs)
 
 
 def outgoing_tenant(
@@ -183,14 +193,9 @@ def outgoing_tenant(
     return outgoing_envelope(headers, task, kwargs).tenant
 
 
-def _of_task(
-    envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None, *, is_signed: bool = False
-) -> Envelope:
-    """What is carried, as far as the task wants it.
-
-    Beside a signed header arguments name no tenant, since they are not signed; they may only contradict it.
-    """
-    if task is None or (is_signed and envelope.tenant is None):
+def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str, Any] | None) -> Envelope:
+    """What is carried, as far as the task wants it."""
+    if task is None:
         return envelope
     if getattr(task, "system", False):
         return Envelope(None, envelope.variables)
@@ -203,56 +208,47 @@ def _of_task(
     return Envelope(agreed([*carried, ("the tenant in the arguments", named)]), envelope.variables)
 
 
-def require_genuine(app: Celery, headers: Any, name: str, kwargs: Any, task_id: str) -> None:
-    """Check, where context is signed, that what is about to be published and signed may be.
-
-    Raises:
-        SignatureError: it came from elsewhere, unsigned.
-    """
-    signer = _apps.get(app)
-    if signer is not None:
-        trust.require_genuine(signer, app, headers, full_name(name, kwargs), task_id)
-
-
-def with_context(
-    app: Celery, headers: Mapping[str, Any] | None, envelope: Envelope, name: str, kwargs: Any, task_id: str | None
-) -> dict[str, Any]:
-    """A copy of a message's headers that carries the envelope; without an id, of a part of a canvas.
+def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[str, Any]:
+    """A copy of a message's headers that carries the envelope.
 
     A copy, since callers reuse their dicts: a mutated one would take one tenant along into the next publish.
     """
-    header = encode(envelope)
-    signer = _apps.get(app)
-    if signer is not None:
-        header = signer.sign(header, full_name(name, kwargs), task_id)
-    return {**(headers or {}), HEADER: header}
+    return {**(headers or {}), HEADER: encode(envelope)}
 
 
-def carrier(app: Celery, envelope: Envelope, more: Mapping[str, Any] | None = None) -> Carry:
+@contextmanager
+def _signed(app: Celery, signer: Signer, options: dict[str, Any]) -> Iterator[None]:
+    """Let the launch with these options publish by a producer that signs."""
+    connection = options.pop("connection", None)  # with one, Celery would make another producer
+    given = app.amqp.Producer(connection, auto_declare=False) if connection else options.get("producer")
+    with app.producer_or_acquire(given) as producer:
+        options["producer"] = SigningProducer(producer, signer)
+        yield
+
+
+def carrier(envelope: Envelope, more: Mapping[str, Any] | None = None) -> Carry:
     """What binds the parts of a canvas to an envelope.  One that is bound already stays so.
 
     Args:
         more: other headers for all parts.
     """
 
-    def carry(part: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-        name, kwargs = part["task"], part.get("kwargs")
-        header = find(own)
-        if header is None:
-            return with_context(app, {**(more or {}), **own}, envelope, name, kwargs, None)
-        if _apps.get(app) is not None and not is_signed(header):
-            require_genuine(app, own, name, kwargs, "")
-            return with_context(app, {**(more or {}), **own}, decode(header), name, kwargs, None)
+    def carry(_: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+        if find(own) is None:
+            return with_context({**(more or {}), **own}, envelope)
         return {**more, **own} if more else own
 
     return carry
 
 
-def _carrier_of_launch(app: Celery, headers: Mapping[str, Any] | None) -> Carry:
-    """What binds the parts that come with a launch to the launcher: the active tenant, else that of the headers."""
+def _carrier_of_launch(headers: Mapping[str, Any] | None, option: str) -> Carry:
+    """What binds the parts that come with a launch to the launcher: the active tenant, else that of the headers.
+
+    Where these differ, only the body of a chord is the launcher's, one of whose tasks is launched with such headers.
+    """
     launcher, named = current_tenant(), outgoing_envelope(headers).tenant
-    carry = carrier(app, capture() if launcher else outgoing_envelope(headers))
-    if launcher is None or named is None or same_tenant(launcher, named):
+    carry = carrier(capture() if launcher else outgoing_envelope(headers))
+    if option == "chord" or launcher is None or named is None or same_tenant(launcher, named):
         return carry
 
     def carry_unless_unbound(part: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -266,6 +262,26 @@ def _carrier_of_launch(app: Celery, headers: Mapping[str, Any] | None) -> Carry:
         return carry(part, own)
 
     return carry_unless_unbound
+
+
+def _signatures(option: Any) -> Iterator[Mapping[str, Any]]:
+    """The tasks in an option of a launch that is one signature, or several."""
+    for whole in [option] if isinstance(option, Mapping) else option or ():
+        yield from (part for part, _ in parts(whole) if part.get("subtask_type") not in COMPOSITES)
+
+
+def _check_launch(app: Celery, part: Mapping[str, Any], launcher: TenantContext | None) -> None:
+    """Raise MissingTenantError if a part would be refused when its turn comes to be published.
+
+    Args:
+        launcher: whose it will be, if it is not bound.
+    """
+    task = app.tasks.get(part["task"])
+    check = getattr(task, "check_launch", None)
+    if check is not None:
+        headers = (part.get("options") or {}).get("headers")
+        with exactly(launcher):
+            check(outgoing_tenant(headers, task, part.get("kwargs")))
 
 
 def records(app: Celery) -> bool:
@@ -308,15 +324,13 @@ def _envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
     """What the message behind a task's request carried, or an older caller's arguments name.
 
     Raises:
-        HeaderError: its header cannot be read, or is not signed where it should be.
+        HeaderError: its header cannot be read.
+        SignatureError: it is not signed where it should be.
         TenantConflictError, InvalidTenantError: its arguments name another tenant, or something that is none.
     """
-    signer = _apps.get(task.app)
-    if signer is not None:
-        trust.require_signed(signer, task, request)
     value = carried_by(request)
     envelope = Envelope() if value is None else decode(value)
-    return _of_task(envelope, "the message's header", task, request.kwargs, is_signed=signer is not None)
+    return _of_task(envelope, "the message's header", task, request.kwargs)
 
 
 def carried_header(request: Context) -> dict[str, Any]:
@@ -380,20 +394,37 @@ def _restore(task: Task[Any, Any], request: Context) -> RequestState:
         envelope = _envelope_of(task, request)
         activation = Activation(envelope.tenant, envelope.variables)
         owner = envelope.tenant
-    except ContextError as error:
+    except Exception as error:  # whatever a message brings along
         # The work is refused; until then nothing of whatever ran here before may show.
-        refusal, envelope, activation = error, Envelope(), Activation(None, {})
-        if isinstance(error, SignatureError):
-            # Nor may anything be published for it.
-            vars(request).update(callbacks=None, errbacks=None, chain=None, chord=None)
+        refusal = error if isinstance(error, ContextError) else HeaderError(f"{type(error).__name__}: {error}")
+        envelope, activation = Envelope(), Activation(None, {})
         owner = None if isinstance(error, HeaderError) else _named_by_header(request)
     state = RequestState(activation=activation, envelope=envelope, tenant=owner, refusal=refusal)
     keep_state(request, state)
     tenant = envelope.tenant
     attributes = vars(request)
+    if attributes.get("errbacks"):
+        attributes["errbacks"] = _launchable(task, attributes["errbacks"])
     attributes["organization_id"] = tenant.organization_id if tenant else None
     attributes["user_id"] = tenant.user_id if tenant else None
     return state
+
+
+def _launchable(task: Task[Any, Any], errbacks: list[Any]) -> list[Any]:
+    """Those of a task's error callbacks that will not be refused.
+
+    A refusal would come while Celery deals with the failure, which is the end of a worker that runs tasks in its main
+    process, and so of the next one that gets the message.
+    """
+    kept = []
+    for errback in errbacks:
+        try:
+            for part in _signatures(errback):
+                _check_launch(task.app, part, current_tenant())
+            kept.append(errback)
+        except Exception as error:  # whatever a message brings along
+            _log.error("an error callback of task %s is left out: %s", task.name, error)
+    return kept
 
 
 def _named_by_header(request: Context) -> TenantContext | None:
@@ -431,11 +462,31 @@ def _begin_to_work(sender: Any, **_: Any) -> None:
     # After all other receivers, so that they see the tenant, too.
     task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
-    signer = _apps.get(sender.app)
-    if signer is not None:
-        trust.begin_to_work(sender.app)
+    if _apps.get(sender.app) is not None:
+        _refuse_blind_tasks(sender.app)
 
 
-def _end_work(sender: Any, **_: Any) -> None:
-    """worker_shutdown."""
-    trust.end_work(sender.app)
+def _ready(sender: Any, **_: Any) -> None:
+    """worker_ready: by gossip, which nobody signs, a worker could be made to publish what it is told, and sign it."""
+    gossip = getattr(sender, "gossip", None)
+    if gossip is not None and _apps.get(sender.app) is not None:
+        gossip.election_handlers.clear()
+
+
+def _refuse_blind_tasks(app: Celery) -> None:
+    """Check that the messages of all tasks of an application are looked at.
+
+    Raises:
+        SystemExit: those of one are not.  (Celery swallows all other exceptions of receivers.)
+    """
+    app.finalize()
+    blind = sorted(
+        name
+        for name, task in app.tasks.items()
+        if not getattr(symbol_by_name(task.Request), "checks_signatures", False)
+    )
+    if blind:
+        raise SystemExit(
+            f"application {app.main!r} has signing_keys, but its tasks {', '.join(blind)} do not check signatures: let "
+            "them inherit from rhesis_tasks.BaseTask first, and have no Request of their own"
+        )

@@ -1,38 +1,67 @@
 """What a worker's main process does with a task, in the context that the task's message carried.
 
 Lost processes, hard time limits, terminations and revocations are dealt with there, where no context is set; and its
-error callbacks are published from there.  ``ContextTask.Request`` names :class:`ContextRequest`, which Celery imports
-in workers only.
+error callbacks are published from there.  And where context is signed, messages are looked at there before anything in
+them is: what nobody with a key has published becomes a request with a name and an id, to be refused.
+
+``ContextTask.Request`` names :class:`ContextRequest`, which Celery imports in workers only.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.exceptions import TimeLimitExceeded
+from celery.app.task import Context
+from celery.exceptions import InvalidTaskError, TimeLimitExceeded
 from celery.worker import request as worker_request
 from celery.worker import state
 from typing_extensions import override
 
-from .propagation import restored
+from .headers import HEADER, REFUSED
+from .propagation import records, restored, signer_of
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 __all__ = ["ContextRequest"]
 
 _log = logging.getLogger(worker_request.__name__)
+_security = logging.getLogger("rhesis_tasks.security")
 _Request: Any = worker_request.Request  # the stubs leave out most of it
 
 
 class ContextRequest(_Request):  # type: ignore[misc]
     """Celery's request for the execution of a task, with the context of the task's message."""
 
+    checks_signatures: ClassVar[bool] = True
+
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
+
+    def __init__(
+        self,
+        message: Any,
+        *args: Any,
+        task: Any = None,
+        app: Any = None,
+        headers: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        signer = signer_of(app)
+        try:
+            if signer is not None and not signer.accepts(message):
+                headers = _instead_of(message.headers if headers is None else headers, app)
+                options |= {"body": ((), {}, {}), "decoded": True}
+            super().__init__(message, *args, task=task, app=app, headers=headers, **options)
+            _check_form(self._request_dict, self._payload)
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise InvalidTaskError(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
     def _as_launched(self) -> Iterator[None]:
@@ -97,6 +126,60 @@ class ContextRequest(_Request):  # type: ignore[misc]
         error = _bare(exc_info.exception)
         self.task.on_failure(error, self.id, self.args, self.kwargs, exc_info)
         self.task.after_return(states.FAILURE, error, self.id, self.args, self.kwargs, exc_info)
+
+
+# What else a message may bring along would replace what Celery has set, or a method, on the request.
+_EMBEDDED: Final = frozenset({"callbacks", "chain", "chord", "errbacks"})
+_METHODS: Final = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
+_TEXTS: Final = ("root_id", "parent_id", "group", "shadow")
+
+
+def _check_form(request: Mapping[str, Any], body: Any) -> None:
+    """Raise TypeError or ValueError for what no Celery publishes, and at which a worker would end or hang."""
+    args, kwargs, embedded = body
+    get = request.get
+    if not (isinstance(args, list | tuple) and isinstance(kwargs, dict) and isinstance(embedded, dict | None)):
+        raise TypeError("the body is not arguments, keyword arguments and signatures")
+    if not isinstance(request["id"], str) or not request["id"].isprintable():  # lone surrogates and NUL are not
+        raise TypeError(f"the id cannot be stored: {request['id']!r:.80}")
+    if not isinstance(get("retries"), int | None):
+        raise TypeError("the number of retries is no number")
+    for name in _TEXTS:
+        if not isinstance(get(name), str | None):
+            raise TypeError(f"{name} is a {type(get(name)).__name__}")
+    if not _METHODS.isdisjoint(request):
+        raise ValueError(f"it has headers that would hide methods: {', '.join(_METHODS.intersection(request))}")
+    for limit in get("timelimit") or ():
+        if not isinstance(limit, int | float | None):
+            raise TypeError(f"a time limit is a {type(limit).__name__}")
+    if not isinstance(get("stamped_headers"), list | tuple | None):
+        raise TypeError("the stamped headers are no list")
+    for name, value in (embedded or {}).items():
+        if name not in _EMBEDDED:
+            raise ValueError(f"its body has {name!r}")
+        if value is not None and not all(isinstance(part, dict) for part in ([value] if name == "chord" else value)):
+            raise TypeError(f"{name} holds what is no signature")
+
+
+def _instead_of(headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
+    """The headers of a request for a message that nobody has signed: its task's name and its id, to be refused."""
+    name, task_id = headers["task"], headers["id"]
+    _security.warning(
+        "the message of task %.200r (%.200r) is not signed, or not by us, or not as it was then: it is refused",
+        name,
+        task_id,
+        extra={"refused_task_name": name, "refused_task_id": task_id},
+    )
+    # Its failure must not take the place of a result that is somebody's.
+    ignore_result = not records(app) and _has_result(app, task_id)
+    return {"task": name, "id": task_id, "lang": "py", HEADER: dict(REFUSED), "ignore_result": ignore_result}
+
+
+def _has_result(app: Celery, task_id: str) -> bool:
+    try:
+        return bool(app.backend.get_state(task_id) != states.PENDING)
+    except Exception:  # unknown, then
+        return True
 
 
 def _bare(error: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Signed context: proof that a header was made by somebody who has the key.
+"""Signed context: proof that a message was published by somebody who has the key.
 
-What is signed is the context together with the task that it is for, so that neither can be exchanged for another:
-with the task's name and id in the message that a task is run from, with the name alone in a later part of a canvas,
-which has no id yet.  Arguments are not signed.
+The whole message is signed as it leaves the process: its headers, with the context, the task's name and id among them,
+and its body, with the arguments and all that is to be published after the task.  So a worker that believes a message
+may believe everything in it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from .errors import ConfigurationError, SignatureError
+from kombu.serialization import dumps
 
-__all__ = ["Signer", "is_signed"]
+from .errors import ConfigurationError
+from .headers import HEADER
 
-SIGNATURE: Final = "sig"
-"""Where a header has its signature."""
+if TYPE_CHECKING:
+    from kombu import Producer
+    from kombu.message import Message
 
+__all__ = ["Signer", "SigningProducer"]
+
+_SIGNATURE: Final = "sig"  # where the context header has it
 _MIN_BYTES: Final = 16
-_security = logging.getLogger("rhesis_tasks.security")
+_PROPERTIES: Final = ("content_type", "content_encoding", "correlation_id", "reply_to")
+# Headers that others put in on the way, after us.  None of them is anything to Celery.
+_PASSING: Final = frozenset({"baggage", "compression", "newrelic", "traceparent", "tracestate"})
 
 
 class Signer:
@@ -54,47 +60,61 @@ class Signer:
         """Tells two lists of keys apart, and tells nobody the keys."""
         return hashlib.sha256(b"\0".join(self._keys)).hexdigest()
 
-    def sign(self, header: Mapping[str, Any], task: str, task_id: str | None) -> dict[str, Any]:
-        """The header with its signature; without an id, as part of a canvas."""
-        plain = {key: value for key, value in header.items() if key != SIGNATURE}
-        return {**plain, SIGNATURE: _digest(self._keys[0], _said(plain, task, task_id))}
+    def sign(self, headers: Mapping[str, Any], body: bytes, **properties: Any) -> dict[str, Any]:
+        """A message's headers with its signature.
 
-    def accepts(self, header: object, task: str, task_id: str | None) -> bool:
-        """Whether somebody with one of the keys signed this header for this task."""
-        if not isinstance(header, Mapping) or not is_signed(header):
-            return False
-        plain = {key: value for key, value in header.items() if key != SIGNATURE}
-        given = header[SIGNATURE].encode("utf-8", "replace")
+        Args:
+            headers: with the context.
+            body: as it is sent, but for its compression.
+            **properties: what else is signed: its type, encoding, correlation id and where to reply.
+        """
+        signature = _digest(self._keys[0], _said(headers, body, properties))
+        return {**headers, HEADER: {**headers[HEADER], _SIGNATURE: signature}}
+
+    def accepts(self, message: Message) -> bool:
+        """Whether somebody with one of the keys published this message, as it is."""
+        headers: Any = message.headers
+        body: Any = message.body
+        properties: Any = message.properties
         try:
-            said = _said(plain, task, task_id)
-        except (RecursionError, TypeError, ValueError):
-            return False  # nobody signs such a thing
+            header = dict(headers[HEADER])
+            given = header.pop(_SIGNATURE).encode("utf-8", "replace")
+            said = _said(
+                {**headers, HEADER: header},
+                body.encode() if isinstance(body, str) else body,
+                {
+                    "content_type": message.content_type,
+                    "content_encoding": message.content_encoding,
+                    "correlation_id": properties.get("correlation_id"),
+                    "reply_to": properties.get("reply_to"),
+                },
+            )
+        except Exception:  # whatever somebody has put there: nobody signs such a thing
+            return False
         # All keys are tried, whichever fits, so that the time does not tell which.
         return any([hmac.compare_digest(_digest(key, said).encode(), given) for key in self._keys])  # noqa: C419
 
-    def check(self, header: object, task: str, task_id: str | None) -> None:
-        """Raise SignatureError, and say so in the log ``rhesis_tasks.security``, unless the header is genuine."""
-        if not self.accepts(header, task, task_id):
-            why = "has a signature that is not ours, or another task's" if is_signed(header) else "is not signed"
-            raise self.refusal(why, task, task_id)
 
-    def refusal(self, why: str, task: str, task_id: object) -> SignatureError:
-        """The error to raise; it is in the log by then."""
-        _security.warning(
-            "the context of task %.200r (%.200r) %s: it is refused",
-            task,
-            task_id or "a later part of a canvas",
-            why,
-            extra={"refused_task_name": task, "refused_task_id": task_id},
-        )
-        return SignatureError(
-            f"the context header of task {task} {why}.  Configure publishers and workers with the same signing_keys"
-        )
+class SigningProducer:
+    """A producer whose messages of tasks are signed."""
 
+    def __init__(self, producer: Producer, signer: Signer) -> None:
+        self._producer = producer
+        self._signer = signer
 
-def is_signed(header: object) -> bool:
-    """Whether a header has a signature, of whomever."""
-    return isinstance(header, Mapping) and isinstance(header.get(SIGNATURE), str)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """As kombu's.  What is no task, such as an event, is not signed."""
+        if HEADER in (options.get("headers") or ()):
+            if options.get("content_type") is None:
+                written = dumps(body, serializer=options.get("serializer"))
+                options["content_type"], options["content_encoding"], body = written
+            body = body.encode(options["content_encoding"]) if isinstance(body, str) else body
+            signed = {name: options.get(name) for name in _PROPERTIES}
+            options["headers"] = self._signer.sign(options["headers"], body, **signed)
+        return self._producer.publish(body, **options)
 
 
 def _key(key: str | bytes) -> bytes:
@@ -109,9 +129,11 @@ def _key(key: str | bytes) -> bytes:
     return raw
 
 
-def _said(plain: Mapping[str, Any], task: str, task_id: str | None) -> bytes:
-    kind = "part" if task_id is None else "message"
-    return json.dumps(["rhesis_tasks", 1, kind, task, task_id, plain], sort_keys=True, separators=(",", ":")).encode()
+def _said(headers: Mapping[str, Any], body: bytes, properties: Mapping[str, Any]) -> bytes:
+    ours = {name: value for name, value in headers.items() if name not in _PASSING and not name.startswith("x-")}
+    # To and fro once, so that it is what comes out of a broker: lists for tuples, names that are all text.
+    said = json.loads(json.dumps([ours, properties], default=str))
+    return json.dumps(["rhesis_tasks", 1, *said, hashlib.sha256(body).hexdigest()], sort_keys=True).encode()
 
 
 def _digest(key: bytes, said: bytes) -> str:

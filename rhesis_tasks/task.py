@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, Reject, Retry
-from kombu.utils.uuid import uuid
 from typing_extensions import override
 
 from .context import TenantContext, current_tenant, exactly, require_tenant
@@ -30,7 +29,6 @@ from .propagation import (
     outgoing_envelope,
     outgoing_tenant,
     renew,
-    require_genuine,
     with_context,
 )
 from .retry import DEFAULT, RetryLater, RetryPolicy
@@ -54,7 +52,6 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     """A task that carries the context."""
 
     abstract = True
-    checks_signatures: ClassVar[bool] = True
     Request = "rhesis_tasks.request:ContextRequest"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -140,9 +137,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
         Publishing is what puts the header in, and nothing is published here.
         """
-        task_id = task_id or uuid()
-        require_genuine(self.app, headers, self.name, kwargs, task_id)
-        headers = with_context(self.app, headers, outgoing_envelope(headers, self, kwargs), self.name, kwargs, task_id)
+        headers = with_context(headers, outgoing_envelope(headers, self, kwargs))
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )

@@ -57,7 +57,10 @@ def wrap(function: Callable[P, R], /) -> Callable[P, R]:
             _task_stack.push(task)
             task.request_stack.push(request)
         try:
-            return function(*args, **kwargs)
+            returned = function(*args, **kwargs)
+            if inspect.isgenerator(returned) or inspect.iscoroutine(returned) or inspect.isasyncgen(returned):
+                raise TaskDefinitionError(f"wrap() takes a plain function; {function!r} returned what runs later")
+            return returned
         finally:
             if request is not None:
                 task.request_stack.pop()

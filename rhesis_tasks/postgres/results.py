@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, RowMapping, TextClause, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
-from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError
+from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
 from ..headers import carried_by, decode, state_of
 from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
@@ -212,6 +212,10 @@ class PostgresBackend(DatabaseBackend):
         **_: Any,
     ) -> None:
         """The outcome of an attempt, in one upsert that leaves the columns of the launch alone."""
+        known = None if request is None else state_of(request)
+        is_unsigned = known is not None and isinstance(known.refusal, SignatureError)
+        if is_unsigned and state not in self.READY_STATES:
+            return
         tenant = _tenant_of(request)
         ours = from_celery(state)
         error_type, error_message = _error(result) if state in self.EXCEPTION_STATES else (None, None)
@@ -270,7 +274,8 @@ class PostgresBackend(DatabaseBackend):
                     "traceback": _storable(traceback),
                     "started": ours is State.STARTED,
                     "finished": ours in TERMINAL,
-                    "sources": [source.value for source in sources(ours)],
+                    # What anybody may have sent, under whatever id, takes the place of no record.
+                    "sources": [] if is_unsigned else [source.value for source in sources(ours)],
                 },
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, current_app
-from celery.worker.request import Request
+from celery.utils.imports import symbol_by_name
 from hypothesis import settings
 from kombu.message import Message
 
@@ -118,6 +118,13 @@ def published() -> Callable[..., list[Published]]:
     return take
 
 
+def _execute(app: Celery, message: Message) -> None:
+    task: Any = app.tasks[message.headers["task"]]
+    request = symbol_by_name(task.Request)(message, app=app, task=task)
+    if not (request.expires and request.revoked()):
+        request.execute()
+
+
 @pytest.fixture
 def work_off() -> Callable[[Celery], list[str]]:
     """Runs an application's messages, as a worker's thread does, until none is left; returns the tasks' names.
@@ -130,7 +137,7 @@ def work_off() -> Callable[[Celery], list[str]]:
         names = []
         while messages := _taken(app, None):
             for message in messages:
-                Request(message, app=app).execute()
+                _execute(app, message)
                 names.append(message.headers["task"])
         return names
 

@@ -9,7 +9,6 @@ from contextvars import Context, ContextVar
 from typing import Any
 
 import pytest
-from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,11 +265,11 @@ def test_flat_headers_beside_ours_say_the_same_or_are_a_conflict() -> None:
 # --- dicts of callers ------------------------------------------------------------------------------------------
 
 
-def test_a_callers_headers_are_copied_not_changed(app: Celery) -> None:
+def test_a_callers_headers_are_copied_not_changed() -> None:
     headers = {"x": 1}
 
     for tenant in (ACME, TenantContext("globex")):
-        carried = with_context(app, headers, Envelope(tenant), "task", {}, "id")
+        carried = with_context(headers, Envelope(tenant))
         assert carried == {"x": 1, HEADER: encode(Envelope(tenant))}
 
     assert headers == {"x": 1}

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls"},
     {"postgres"},
-    {"retry", "canvas", "propagation", "trust", "sessions", "logs", "threads", "otel"},
+    {"retry", "canvas", "propagation", "sessions", "logs", "threads", "otel"},
     {"request", "task", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes"},
 ]

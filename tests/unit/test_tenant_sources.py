@@ -331,3 +331,54 @@ def test_a_retry_of_an_older_callers_message_keeps_the_tenant(
     work_off(app)
 
     assert seen == [ACME] * 3
+
+
+# --- what comes after a task that is nobody's -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["link", "link_error"])
+def test_a_launch_for_nobody_is_refused_where_what_follows_needs_a_tenant(
+    app: Celery, report: Any, option: str, published: Any
+) -> None:
+    @app.task(base=BaseTask, name="anybody", tenant_required=False)
+    def anybody() -> None: ...
+
+    with pytest.raises(MissingTenantError, match="task report needs a tenant"):
+        anybody.apply_async(**{option: [report.si(1)]})
+    assert published(app) == []
+
+    anybody.apply_async(**{option: [report.si(1, organization_id="acme")]})
+    assert len(published(app)) == 1
+
+
+def test_an_error_callback_that_would_be_refused_does_not_end_the_worker(
+    app: Celery, stranger: Celery, report: Any, work_off: Any, seen: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task(base=BaseTask, name="fails", tenant_required=False)
+    def fails() -> None:
+        raise ValueError("as it is meant to")
+
+    @app.task(base=BaseTask, name="note")
+    def note(organization_id: str | None = None) -> None:
+        seen.append((current_tenant(), organization_id))
+
+    ours = stranger.signature("note", kwargs={"organization_id": "acme"}, immutable=True)
+    stranger.send_task("fails", link_error=[stranger.signature("report", (2,), immutable=True), ours], task_id="failed")
+    work_off(app)
+
+    assert [tenant for tenant, _ in seen] == [TenantContext("acme")]
+    assert isinstance(app.AsyncResult("failed").result, ValueError)
+    assert "an error callback of task fails is left out: task report needs a tenant" in caplog.text
+
+
+def test_nested_headers_that_name_another_tenant_are_a_conflict(
+    app: Celery, stranger: Celery, report: Any, work_off: Any, seen: list[Any]
+) -> None:
+    header = encode(Envelope(ACME))
+    for number, nested in enumerate([{HEADER: encode(Envelope(GLOBEX))}, {"organization_id": "globex"}]):
+        stranger.send_task("report", (1,), headers={HEADER: header, "headers": nested}, task_id=f"nested {number}")
+    work_off(app)
+
+    assert seen == []
+    for number in range(2):
+        assert isinstance(app.AsyncResult(f"nested {number}").result, TenantConflictError)

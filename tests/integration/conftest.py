@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
+from broker_rig import running_server
 from celery import Celery
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session
@@ -56,6 +57,20 @@ class Notes:
             text("INSERT INTO note (organization_id, body) VALUES (CAST(:organization_id AS uuid), :body)"),
             {"organization_id": tenant.organization_id, "body": body},
         )
+
+
+# For pytestmark: the tests of a module run on the embedded server, and on the one that is installed (Debian's 15).
+ON_BOTH_SERVERS = pytest.mark.parametrize("postgres_url", ["embedded", "installed"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[str]:
+    """The library's fixture; with ON_BOTH_SERVERS one of two servers."""
+    if getattr(request, "param", "embedded") == "embedded":
+        yield postgres_url
+        return
+    with running_server() as server:
+        yield server.url
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import ON_BOTH_SERVERS
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
@@ -18,6 +19,8 @@ from rhesis_tasks.testing import TenantDatabase
 
 if TYPE_CHECKING:
     from conftest import Notes
+
+pytestmark = ON_BOTH_SERVERS
 
 # Each returns rows, so that what it changed can be counted.
 MOVE_TO_GLOBEX = text("UPDATE note SET organization_id = CAST(:globex AS uuid) WHERE body = 'a1' RETURNING id")
@@ -245,6 +248,118 @@ def test_truncate_references_and_trigger_are_taken_away(
     assert kept == ["SELECT", "INSERT", "UPDATE", "DELETE"]
 
 
+# --- several roles -----------------------------------------------------------------------------------------------
+
+
+def test_each_of_several_roles_sees_its_tenants_rows(
+    notes: Notes, application: Engine, superuser: Engine, other_role: str
+) -> None:
+    other = quote_identifier(other_role)
+    notes.database.execute(f"GRANT ALL ON note TO {other}", enable_rls("note", role=[notes.database.role, other_role]))
+
+    with as_tenant(application, notes.acme) as connection:
+        one = notes.seen(connection)
+    with as_tenant(superuser, notes.globex) as connection:
+        connection.exec_driver_sql(f"SET LOCAL ROLE {other}")
+        another = notes.seen(connection)
+        truncates = connection.scalar(text("SELECT has_table_privilege('note', 'TRUNCATE')"))
+
+    assert (one, another, truncates) == (notes.of(notes.acme), notes.of(notes.globex), False)
+
+
+@pytest.fixture
+def other_role(superuser: Engine, tenant_database: TenantDatabase) -> Iterator[str]:
+    """Another role of the application's."""
+    name = f"{tenant_database.role}_other"
+    role = quote_identifier(name)
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role}")
+    yield name
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+# --- strict ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strict_notes(notes: Notes) -> Notes:
+    """The notes under strict policies."""
+    notes.database.execute(enable_rls("note", role=notes.database.role, strict=True))
+    return notes
+
+
+@pytest.mark.parametrize("history", ["a fresh connection", "one with the setting left empty"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT body FROM note",
+        "UPDATE note SET body = 'x'",
+        "DELETE FROM note",
+        "INSERT INTO note VALUES (NULL, DEFAULT, 'x')",
+    ],
+)
+def test_strict_a_statement_without_a_tenant_is_refused_with_the_remedy(
+    strict_notes: Notes, application: Engine, superuser: Engine, history: str, statement: str
+) -> None:
+    if history == "one with the setting left empty":
+        with as_tenant(application, strict_notes.acme) as connection:
+            assert strict_notes.seen(connection) == strict_notes.of(strict_notes.acme)
+
+    with pytest.raises(DBAPIError) as error, application.begin() as connection:
+        connection.exec_driver_sql(statement)
+
+    assert getattr(error.value.orig, "sqlstate", None) == "42501"
+    assert "no tenant: the setting app.current_organization is missing or empty" in str(error.value)
+    assert "Use a tenant session" in str(error.value)
+    assert all_bodies(superuser) == ALL
+
+
+def test_strict_a_tenant_reads_and_writes_its_own_rows(
+    strict_notes: Notes, application: Engine, superuser: Engine
+) -> None:
+    with as_tenant(application, strict_notes.acme) as connection:
+        strict_notes.write(connection, strict_notes.acme, "a4")
+        connection.execute(text("DELETE FROM note WHERE body <> 'a4'"))
+    with refused(application) as connection:
+        set_tenant(connection, strict_notes.acme.organization_id)
+        strict_notes.write(connection, strict_notes.globex, "smuggled")
+
+    assert all_bodies(superuser) == ["a4", "g1", "g2"]
+
+
+def test_strict_the_function_cannot_be_led_astray_by_a_search_path(strict_notes: Notes, application: Engine) -> None:
+    strict_notes.database.execute(
+        "CREATE SCHEMA evil",
+        "CREATE FUNCTION evil.current_setting(text, boolean) RETURNS text LANGUAGE sql "
+        f"AS $$ SELECT '{strict_notes.globex.organization_id}' $$",
+        "GRANT USAGE ON SCHEMA evil TO PUBLIC",
+    )
+    with application.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL search_path = evil, pg_catalog, public")
+        set_tenant(connection, strict_notes.acme.organization_id)
+
+        assert strict_notes.seen(connection) == strict_notes.of(strict_notes.acme)
+
+
+def test_strict_works_where_functions_are_granted_to_nobody_by_default(notes: Notes, application: Engine) -> None:
+    notes.database.execute(
+        "ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC",
+        enable_rls("note", role=notes.database.role, strict=True),
+    )
+
+    with as_tenant(application, notes.acme) as connection:
+        assert notes.seen(connection) == notes.of(notes.acme)
+
+
+def test_strict_may_be_switched_on_and_off(notes: Notes, application: Engine) -> None:
+    for strict in (True, True, False):
+        notes.database.execute(enable_rls("note", role=notes.database.role, strict=strict))
+
+    with application.begin() as connection:
+        assert notes.seen(connection) == []
+
+
 # --- again, and undone -------------------------------------------------------------------------------------------
 
 PROTECTION = text(
@@ -278,6 +393,21 @@ def test_disabling_undoes_it_and_may_be_repeated(notes: Notes, application: Engi
     assert protection(notes.database) == (False, False, None, 0)
     with application.connect() as connection:
         assert notes.seen(connection) == ALL
+
+
+@pytest.mark.parametrize("options", [{}, {"index_columns": ["body", "id"]}, {"index_columns": None}], ids=str)
+def test_disabling_leaves_nothing_of_strict_policies_and_their_index(notes: Notes, options: Any) -> None:
+    leftovers = text(
+        "SELECT indexname FROM pg_indexes WHERE tablename = 'note' AND indexname <> 'note_pkey' "
+        "UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+    )
+    notes.database.execute(disable_rls("note"), enable_rls("note", role=notes.database.role, strict=True, **options))
+
+    notes.database.execute(disable_rls("note", **options))
+
+    assert protection(notes.database) == (False, False, None, 0)
+    with notes.database.owner.connect() as connection:
+        assert connection.scalars(leftovers).all() == []
 
 
 def test_disabled_and_enabled_again_it_protects_again(notes: Notes, application: Engine) -> None:

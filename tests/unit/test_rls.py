@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rhesis_tasks.errors import ConfigurationError
-from rhesis_tasks.rls import disable_rls, enable_rls
+from rhesis_tasks.rls import disable_rls, disable_rls_statements, enable_rls, enable_rls_statements
 
 
 def index_of(sql: str) -> str:
@@ -39,8 +39,9 @@ def test_a_plain_table_gets_forced_row_level_security_for_the_role() -> None:
     ],
 )
 def test_every_statement_names_the_table_quoted(table: str, quoted: str) -> None:
-    for sql in (enable_rls(table, role="app"), disable_rls(table)):
-        statements = [each for each in sql.split(";\n") if each and not each.startswith(("SET LOCAL", "DROP INDEX"))]
+    beside = ("SET LOCAL", "DROP INDEX", "DROP FUNCTION", "CREATE OR REPLACE FUNCTION", "GRANT EXECUTE")
+    for all_statements in (enable_rls_statements(table, role="app", strict=True), disable_rls_statements(table)):
+        statements = [each for each in all_statements if not each.startswith(beside)]
         assert len(statements) >= 4
         assert all(f" {quoted}" in statement for statement in statements)
 
@@ -87,15 +88,36 @@ def test_a_setting_that_postgresql_would_not_take_is_refused(setting: str) -> No
         enable_rls("orders", role="app", setting=setting)
 
 
-@pytest.mark.parametrize("table", ["", ".", "shop.", ".orders", "x" * 64, "a\0b"])
+@pytest.mark.parametrize("options", [{}, {"index_columns": ["created_at"]}, {"strict": True}, {"index_columns": None}])
+def test_the_text_is_the_statements_in_their_order(options: Any) -> None:
+    statements = enable_rls_statements("orders", role="app", **options)
+
+    assert enable_rls("orders", role="app", **options) == "".join(f"{each};\n" for each in statements)
+    assert any("CREATE INDEX" in each for each in statements) == (options.get("index_columns", ()) is not None)
+
+
+def test_further_columns_of_the_index_follow_the_organization_and_are_part_of_its_name() -> None:
+    sql = enable_rls("orders", role="app", index_columns=["Created At", "id"])
+
+    assert index_of(sql) == '"orders_organization_id_Created At_id_rls"'
+    assert 'ON "orders" ("organization_id", "Created At", "id");' in sql
+    assert index_of(disable_rls("orders", index_columns=["Created At", "id"])) == index_of(sql)
+
+
+@pytest.mark.parametrize("table", ["", ".", "shop.", ".orders", "db.shop.orders", "x" * 64, "a\0b"])
 def test_a_table_without_a_usable_name_is_refused(table: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not an SQL name"):
+    with pytest.raises(ConfigurationError, match=r"is not an SQL name|is named like"):
         enable_rls(table, role="app")
-    with pytest.raises(ConfigurationError, match="is not an SQL name"):
+    with pytest.raises(ConfigurationError, match=r"is not an SQL name|is named like"):
         disable_rls(table)
 
 
-@pytest.mark.parametrize("role", ["", None, 7, "x" * 64])
+def test_no_role_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigurationError, match="must name at least one role: the one that the application logs in"):
+        enable_rls("orders", role=[])
+
+
+@pytest.mark.parametrize("role", ["", None, 7, "x" * 64, ["app", ""], [None]])
 def test_a_role_without_a_usable_name_is_refused(role: Any) -> None:
     with pytest.raises(ConfigurationError, match="is not an SQL name"):
         enable_rls("orders", role=role)

@@ -15,7 +15,7 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
     {"errors", "states", "settings", "context", "variables", "headers", "signing"},
-    {"rls"},
+    {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "canvas", "propagation", "sessions", "logs", "threads", "otel"},
     {"request", "task", "launch", "app"},

@@ -19,7 +19,7 @@ LAYERS = [
     {"postgres"},
     {"retry", "canvas", "propagation", "sessions", "logs", "threads", "otel"},
     {"request", "task", "launch", "app"},
-    {"cli", "fastapi", "testing", "demo", "embedded", "processes"},
+    {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

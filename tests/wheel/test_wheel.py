@@ -69,7 +69,7 @@ def test_without_extras_everything_public_can_be_imported(bare: Path, tmp_path: 
     run(
         *(bare, "-W", "error", "-c"),
         "import rhesis_tasks; [getattr(rhesis_tasks, name) for name in rhesis_tasks.__all__];"
-        "import rhesis_tasks.retry, rhesis_tasks.rls, rhesis_tasks.errors, rhesis_tasks.cli",
+        "import rhesis_tasks.retry, rhesis_tasks.models, rhesis_tasks.errors, rhesis_tasks.cli",
         cwd=tmp_path,
     )
 
@@ -111,6 +111,7 @@ print(launch_with_context(who, context=TenantContext("acme")).get())
             "postgres",
         ),
         ("import rhesis_tasks.fastapi", "fastapi"),
+        ("import rhesis_tasks.migrations", "alembic"),
         ("from rhesis_tasks.embedded import embedded_postgres as e; e().__enter__()", "demo"),
         ("import sys; sys.argv[1:] = ['demo']; from rhesis_tasks.cli import main; main()", "demo"),
     ],

@@ -63,6 +63,7 @@ asyncio.run(main())
 REVISION = """\
 import sqlalchemy as sa
 from alembic import context, op
+from rhesis_tasks.ddl import DisableRLS, EnableRLS
 
 revision = "0001"
 down_revision = None
@@ -75,10 +76,13 @@ def upgrade():
     op.create_table("other", sa.Column("organization_id", sa.Text), sa.Column("body", sa.Text))
     op.enable_rls("other", **RLS)
     op.disable_rls("other", **RLS)
+    op.create_table("typed", sa.Column("organization_id", sa.Text), sa.Column("body", sa.Text))
+    op.execute(EnableRLS("typed", **RLS))  # what type checkers understand
 
 
 def downgrade():
     op.disable_rls("note", **RLS)
+    op.execute(DisableRLS("typed", index_columns=["body"]))
 """
 
 STATE = text(
@@ -86,7 +90,7 @@ STATE = text(
     "(SELECT count(*) FROM pg_policies WHERE tablename = relname), "
     "(SELECT count(*) FROM pg_indexes WHERE tablename = relname), "
     "(SELECT count(*) FROM pg_proc WHERE proname = relname || '_organization_id_tenant') "
-    "FROM pg_class WHERE relname IN ('note', 'other') AND relkind = 'r' ORDER BY relname"
+    "FROM pg_class WHERE relname IN ('note', 'other', 'typed') AND relkind = 'r' ORDER BY relname"
 )
 ON = (True, 2, 1, 1)
 OFF = (False, 0, 0, 0)
@@ -123,8 +127,8 @@ def test_a_migration_protects_a_table_and_takes_it_back(
     upgraded = state(tenant_database)
     command.downgrade(config, "base")
 
-    assert upgraded == {"note": ON, "other": OFF}
-    assert state(tenant_database) == {"note": OFF, "other": OFF}
+    assert upgraded == {"note": ON, "other": OFF, "typed": ON}
+    assert state(tenant_database) == {"note": OFF, "other": OFF, "typed": OFF}
 
 
 def test_the_script_of_a_migration_does_the_same(tenant_database: TenantDatabase, tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_the_script_of_a_migration_does_the_same(tenant_database: TenantDatabase
     with tenant_database.owner.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(config.output_buffer.getvalue(), execution_options={"no_parameters": True})
 
-    assert state(tenant_database) == {"note": ON, "other": OFF}
+    assert state(tenant_database) == {"note": ON, "other": OFF, "typed": ON}
 
 
 def test_the_operations_are_each_others_reverse() -> None:

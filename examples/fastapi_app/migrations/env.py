@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from logging.config import fileConfig
-from typing import Any
 
 from alembic import context
 from alembic.util import CommandError
 from sqlalchemy import create_engine, make_url, pool
 
+import rhesis_tasks.migrations  # noqa: F401  makes op.enable_rls and op.disable_rls
 from app.models import Base
 
 
@@ -24,11 +24,6 @@ def required(name: str) -> str:
     return value
 
 
-def is_ours(name: str | None, type_: str, _parents: Any) -> bool:
-    """Whether autogenerate compares it: not the indexes that ``enable_rls`` makes, which no model has."""
-    return not (type_ == "index" and name is not None and name.endswith("_organization_id_rls"))
-
-
 if context.is_offline_mode():
     raise CommandError("--sql is not supported: these migrations look at the database they run in")
 url = make_url(required("MIGRATION_DATABASE_URL")).set(drivername="postgresql+psycopg")
@@ -38,6 +33,6 @@ if context.config.config_file_name is not None:
 
 engine = create_engine(url, poolclass=pool.NullPool)
 with engine.connect() as connection:
-    context.configure(connection=connection, target_metadata=Base.metadata, include_name=is_ours)
+    context.configure(connection=connection, target_metadata=Base.metadata)
     with context.begin_transaction():
         context.run_migrations()

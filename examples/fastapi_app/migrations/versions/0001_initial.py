@@ -11,7 +11,6 @@ from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
 from rhesis_tasks.postgres.schema import create_schema
-from rhesis_tasks.rls import enable_rls
 
 revision: str = "0001"
 down_revision: str | None = None
@@ -79,7 +78,7 @@ def upgrade() -> None:
     op.execute(f"GRANT USAGE ON SCHEMA {quote(schema)} TO {quote(app_role)}")
     for table in TABLES:
         op.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {quote(app_role)}")
-        op.execute(enable_rls(table, role=app_role))
+        op.enable_rls(table, role=app_role, index_columns=None)  # the primary keys serve as indexes
     create_schema(connection, roles=[app_role])
 
 

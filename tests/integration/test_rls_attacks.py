@@ -133,6 +133,43 @@ def test_a_login_that_becomes_a_bypassing_role_gets_no_tenant_session(
     sessions.dispose()
 
 
+def test_a_migration_as_the_owner_changes_and_checks_no_rows_and_needs_a_bypassing_member(
+    notes: Notes, superuser: Engine, bypassing: str
+) -> None:
+    update = "UPDATE note SET body = 'x'"
+    dangling = "ALTER TABLE note ADD FOREIGN KEY (body) REFERENCES label (name)"  # a label that no note has
+    valid = "SELECT convalidated FROM pg_constraint WHERE contype = 'f' AND conrelid = 'note'::regclass"
+    owner = notes.database.owner
+    run(owner, "CREATE TABLE label (name text PRIMARY KEY)")
+
+    with owner.begin() as connection:
+        assert connection.exec_driver_sql(update).rowcount == 0
+        connection.exec_driver_sql(dangling)
+        assert column(connection, valid) == [True]
+        connection.rollback()
+
+    run(superuser, f"GRANT {owner_of(notes.database)} TO {bypassing}")
+    with superuser.connect() as connection:
+        connection.exec_driver_sql(f"SET ROLE {bypassing}")
+        assert connection.exec_driver_sql(update).rowcount == len(ALL)
+        with pytest.raises(DBAPIError) as error:
+            connection.exec_driver_sql(dangling)
+    assert getattr(error.value.orig, "sqlstate", None) == NO_SUCH_ROW
+
+
+def test_a_default_of_the_setting_makes_everybody_that_tenant(
+    notes: Notes, application: Engine, superuser: Engine, app_role: str
+) -> None:
+    run(superuser, f"ALTER ROLE {app_role} SET {ORGANIZATION_SETTING} = '{GLOBEX.organization_id}'")
+    assert (seen(application, None), seen(application)) == (notes.of(GLOBEX), ACMES)
+
+    run(superuser, f"ALTER ROLE {app_role} SET {ORGANIZATION_SETTING} = ''")  # harmless
+    assert (seen(application, None), seen(application)) == ([], ACMES)
+
+    run(superuser, f"ALTER ROLE {app_role} RESET {ORGANIZATION_SETTING}")
+    assert (seen(application, None), seen(application)) == ([], ACMES)
+
+
 # --- other policies ----------------------------------------------------------------------------------------------
 
 
@@ -155,6 +192,40 @@ def test_a_table_with_the_floor_only_denies_silently(notes: Notes, application: 
 
     run(owner, enable_rls("note", role=notes.database.role))
     assert (seen(application), outcome(application, "UPDATE note SET body = 'x'")) == (ACMES, "3 rows")
+
+
+def test_a_policy_that_reads_the_setting_strictly_fails_by_the_connections_history(
+    notes: Notes, application: Engine
+) -> None:
+    def errors_of_one_connection() -> list[str]:
+        """Of a query without a tenant: on a fresh connection, and after a transaction with one."""
+        found = []
+        with application.connect() as connection:
+            for _ in range(2):
+                try:
+                    column(connection, "SELECT body FROM note")
+                    found.append("none")
+                except DBAPIError as error:
+                    found.append(str(getattr(error.orig, "sqlstate", None)))
+                connection.rollback()
+                connection.exec_driver_sql(f"SET LOCAL {ORGANIZATION_SETTING} = '{ACME.organization_id}'")
+                connection.commit()
+        return found
+
+    owner = notes.database.owner
+    run(
+        owner,
+        disable_rls("note"),
+        "ALTER TABLE note ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY own ON note USING (organization_id = current_setting('{ORGANIZATION_SETTING}')::uuid)",
+    )
+    assert errors_of_one_connection() == ["42704", "22P02"]  # undefined_object, invalid_text_representation
+
+    run(owner, "DROP POLICY own ON note", enable_rls("note", role=notes.database.role))
+    assert errors_of_one_connection() == ["none", "none"]
+
+    run(owner, enable_rls("note", role=notes.database.role, strict=True))
+    assert errors_of_one_connection() == [REFUSED, REFUSED]
 
 
 def test_rows_without_an_organization_are_nobodys(notes: Notes, application: Engine) -> None:

@@ -315,6 +315,16 @@ def test_strict_a_statement_without_a_tenant_is_refused_with_the_remedy(
     assert all_bodies(superuser) == ALL
 
 
+def test_strict_a_scan_that_meets_no_row_is_not_refused(strict_notes: Notes, application: Engine) -> None:
+    strict_notes.database.execute(
+        "ALTER TABLE note NO FORCE ROW LEVEL SECURITY", "DELETE FROM note", "ALTER TABLE note FORCE ROW LEVEL SECURITY"
+    )
+
+    with application.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL enable_indexscan = off; SET LOCAL enable_bitmapscan = off")
+        assert strict_notes.seen(connection) == []
+
+
 def test_strict_a_tenant_reads_and_writes_its_own_rows(
     strict_notes: Notes, application: Engine, superuser: Engine
 ) -> None:

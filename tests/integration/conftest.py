@@ -59,13 +59,9 @@ class Notes:
         )
 
 
-# For pytestmark: the tests of a module run on the embedded server, and on the one that is installed (Debian's 15).
-ON_BOTH_SERVERS = pytest.mark.parametrize("postgres_url", ["embedded", "installed"], indirect=True)
-
-
 @pytest.fixture(scope="session")
 def postgres_url(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[str]:
-    """The library's fixture; with ON_BOTH_SERVERS one of two servers."""
+    """The library's fixture; with servers.ON_BOTH_SERVERS one of two servers."""
     if getattr(request, "param", "embedded") == "embedded":
         yield postgres_url
         return

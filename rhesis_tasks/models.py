@@ -48,9 +48,10 @@ def tenant_column(
 class TenantMixin:
     """A model whose rows belong to an organization, a UUID.  An INSERT need not name it.
 
-    A model with ids of another type, or with the organization in its primary key, has a column of its own::
+    A model whose organizations are no UUIDs, or that has the organization in its primary key, has a
+    :func:`tenant_column` of its own instead::
 
-        class Order(TenantMixin, Base):
+        class Order(Base):
             organization_id: Mapped[str] = tenant_column("text", primary_key=True)
     """
 

@@ -259,10 +259,10 @@ def test_organizations_may_be_text_or_numbers(
     class Other(DeclarativeBase):
         pass
 
-    class Thing(TenantMixin, Other):
+    class Thing(Other):
         __tablename__ = "thing"
 
-        organization_id: Mapped[Any] = tenant_column(column_type, primary_key=True)  # type: ignore[assignment]
+        organization_id: Mapped[Any] = tenant_column(column_type, primary_key=True)
         id: Mapped[int] = mapped_column(Integer, primary_key=True)
 
     protect(Other.metadata, role=tenant_database.role)

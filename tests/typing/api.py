@@ -13,7 +13,7 @@ from uuid import UUID
 from celery import Celery, chord, group
 from celery.result import AsyncResult
 from contextvars_extras import ContextVarsRegistry  # pyright: ignore[reportMissingTypeStubs]
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapped, Session
 
 from rhesis_tasks import (
     BaseTask,
@@ -29,6 +29,9 @@ from rhesis_tasks import (
     tenant_scope,
     tenant_session,
 )
+from rhesis_tasks.ddl import DisableRLS, EnableRLS
+from rhesis_tasks.models import TenantMixin, tenant_column
+from rhesis_tasks.rls import disable_rls_statements, enable_rls
 
 app = Celery("typed")
 configure(app, "postgresql://localhost/app", worker_concurrency=4)
@@ -43,6 +46,31 @@ class User:
 
 
 user = User(UUID(int=1), 1)
+
+
+# --- row-level security ----------------------------------------------------------------------------------------
+
+assert_type(enable_rls("orders", role=["app", "web"], strict=True), str)
+assert_type(disable_rls_statements("orders", index_columns=None), list[str])
+enable_rls("orders")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+enable_rls("orders", role="app", tenant="acme")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+EnableRLS("orders", role="app", column_type="text")
+DisableRLS("orders", role="app")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+class Order(TenantMixin):
+    """A model with the mixin's column."""
+
+
+class TextOrder:
+    """A model with a column of another type."""
+
+    organization_id: Mapped[str] = tenant_column("text")
+
+
+def organization(order: Order) -> UUID:
+    """What a model's attribute is."""
+    return order.organization_id
 
 
 # --- context ---------------------------------------------------------------------------------------------------

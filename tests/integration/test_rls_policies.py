@@ -368,6 +368,7 @@ def test_strict_may_be_switched_on_and_off(notes: Notes, application: Engine) ->
 
     with application.begin() as connection:
         assert notes.seen(connection) == []
+        assert connection.scalar(text("SELECT to_regproc('note_organization_id_tenant')")) is None
 
 
 # --- again, and undone -------------------------------------------------------------------------------------------

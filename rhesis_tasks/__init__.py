@@ -3,9 +3,10 @@
 from .app import configure, unconfigure
 from .context import TenantContext, current_tenant, require_tenant, tenant_scope
 from .headers import context_headers
+from .injection import tenant_session
 from .launch import alaunch_with_context, launch_with_context
 from .retry import RetryPolicy
-from .sessions import TenantSessions, tenant_session
+from .sessions import TenantSessions
 from .task import BaseTask
 from .threads import ContextThreadPoolExecutor, wrap
 from .variables import register_context_var

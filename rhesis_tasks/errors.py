@@ -7,6 +7,10 @@ inherit from it, so that callers who know nothing of us catch them as usual.
 
 from __future__ import annotations
 
+from typing import Any
+
+from sqlalchemy.exc import DataError, DBAPIError, ProgrammingError
+
 __all__ = [
     "ConfigurationError",
     "ContextError",
@@ -18,12 +22,17 @@ __all__ = [
     "MissingTenantError",
     "NotConfiguredError",
     "NotSupportedError",
+    "PermissionDeniedError",
+    "PolicyViolationError",
     "RhesisTasksError",
     "SchemaError",
+    "SettingMissingError",
+    "SettingValueError",
     "SignatureError",
     "TaskArgumentsError",
     "TaskDefinitionError",
     "TenantConflictError",
+    "TenantDatabaseError",
     "TenantSessionError",
     "UnsafeConnectionError",
 ]
@@ -138,3 +147,44 @@ class TenantSessionError(RhesisTasksError):
 
 class UnsafeConnectionError(TenantSessionError):
     """The database connection cannot enforce the tenant, so nothing is run on it."""
+
+
+class TenantDatabaseError(TenantSessionError, DBAPIError):
+    """The database refused a statement of a tenant session, for a reason that has to do with the tenant.
+
+    Also SQLAlchemy's kind of error, so that code that knows nothing of tenants goes on to catch it.
+
+    Attributes:
+        tenant: whose transaction it was.
+        statement: the SQL.
+        orig: the driver's error.
+    """
+
+    def __init__(
+        self, message: str, *, tenant: object = None, statement: str | None = None, orig: BaseException | None = None
+    ) -> None:
+        DBAPIError.__init__(self, statement, None, orig or Exception(message), hide_parameters=True)
+        self.args = (message,)
+        self.tenant = tenant
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args
+
+
+class PolicyViolationError(TenantDatabaseError, ProgrammingError):
+    """A row that is written does not belong to the transaction's tenant."""
+
+
+class PermissionDeniedError(TenantDatabaseError, ProgrammingError):
+    """The database login lacks a privilege."""
+
+
+class SettingMissingError(TenantDatabaseError, ProgrammingError):
+    """A policy or query reads a setting that nobody sends."""
+
+
+class SettingValueError(TenantDatabaseError, DataError):
+    """A policy or query cannot read the value of a setting: it is empty, or of another type than the column."""

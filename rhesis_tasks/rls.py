@@ -21,6 +21,7 @@ __all__ = [
     "DisableOptions",
     "EnableOptions",
     "ORGANIZATION_SETTING",
+    "setting_literal",
     "disable_rls",
     "disable_rls_statements",
     "enable_rls",
@@ -157,7 +158,7 @@ def tenant_of_setting(column_type: str = "uuid", setting: str = ORGANIZATION_SET
     if column_type not in COLUMN_TYPES:
         raise ConfigurationError(f"column_type must be one of {', '.join(sorted(COLUMN_TYPES))}, not {column_type!r}")
     # NULLIF: after its first transaction a connection keeps the setting as '' for ever, and ''::uuid raises.
-    return f"NULLIF(current_setting({_literal(setting)}, true), '')::{column_type}"
+    return f"NULLIF(current_setting({setting_literal(setting)}, true), '')::{column_type}"
 
 
 def _strict_function(function: str, column_type: str, setting: str) -> list[str]:
@@ -167,12 +168,12 @@ def _strict_function(function: str, column_type: str, setting: str) -> list[str]
 CREATE OR REPLACE FUNCTION {function} RETURNS {column_type}
   LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  IF COALESCE(current_setting({_literal(setting)}, true), '') = '' THEN
+  IF COALESCE(current_setting({setting_literal(setting)}, true), '') = '' THEN
     RAISE insufficient_privilege USING
       MESSAGE = 'no tenant: the setting {setting} is missing or empty in this transaction',
       HINT = 'Use a tenant session: @tenant_session, or TenantSessions inside tenant_scope(...).';
   END IF;
-  RETURN current_setting({_literal(setting)}, true);
+  RETURN current_setting({setting_literal(setting)}, true);
 END
 $$""",
         f"GRANT EXECUTE ON FUNCTION {function} TO PUBLIC",
@@ -225,7 +226,12 @@ def _name(table: str, *parts: str) -> str:
     return f"{name.encode()[:54].decode(errors='ignore')}_{digest}"
 
 
-def _literal(setting: str) -> str:
+def setting_literal(setting: str) -> str:
+    """The name of a setting, as a literal in SQL.
+
+    Raises:
+        ConfigurationError: it is not like ``app.current_organization``.
+    """
     prefix, dot, name = setting.partition(".")
     if not dot or not all(part.isidentifier() and part.isascii() for part in (prefix, name)):
         raise ConfigurationError(f"a setting is named like 'app.current_organization', not {setting!r}")

@@ -1,4 +1,4 @@
-"""SQLAlchemy sessions that belong to one tenant.
+"""SQLAlchemy sessions that belong to one tenant, and sessions that belong to none.
 
 Each transaction of a :class:`TenantSession` begins by sending the tenant as transaction-local settings, which
 row-level-security policies read (see :mod:`rhesis_tasks.rls`).  Transaction-local, so nothing is left on a
@@ -8,73 +8,105 @@ ignored (autocommit, a superuser, a borrowed transaction) is refused before any 
 
 from __future__ import annotations
 
-import functools
-import inspect
+import asyncio
+import logging
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, overload
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypedDict, Unpack
 
 from celery._state import get_current_task
-from celery.local import Proxy
+from celery.signals import worker_init
 from sqlalchemy import URL, Connection, Engine, event, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from typing_extensions import override
 
-from .context import TenantContext, current_tenant, require_tenant, same_tenant
+from .binding import (
+    PLAIN,
+    IsolationLevel,
+    SettingNames,
+    Transaction,
+    bind_tenant,
+    explain_errors,
+    refuse_other_tenant,
+)
+from .context import TenantContext, current_tenant, require_tenant
 from .errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     NotConfiguredError,
-    TaskDefinitionError,
-    TenantConflictError,
     TenantSessionError,
     UnsafeConnectionError,
 )
-from .postgres.engines import forget_pool_after_fork, new_engine
-from .rls import ORGANIZATION_SETTING
+from .postgres.engines import LoopEngines, forget_pool_after_fork, new_engine
 from .settings import redacted
 
 if TYPE_CHECKING:
-    from celery import Celery, Task
+    from datetime import timedelta
+
+    from celery import Celery
 
 __all__ = [
-    "BIND_TENANT",
+    "AsyncTenantSession",
+    "SystemSession",
     "TenantSession",
     "TenantSessions",
+    "TransactionOptions",
+    "ambient_sessions",
     "sessions_of",
-    "tenant_session",
     "use_sessions",
 ]
 
-USER_SETTING: Final = "app.current_user"
-PROJECT_SETTING: Final = "app.current_project"
-
-# One round trip: sends the tenant and asks what would make the database ignore it.
-BIND_TENANT: Final = text(
-    f"SELECT set_config('{ORGANIZATION_SETTING}', :organization_id, true), "
-    f"set_config('{USER_SETTING}', :user_id, true), "
-    f"set_config('{PROJECT_SETTING}', :project_id, true), "
-    "current_setting('is_superuser'), current_user"
-)
-_BYPASSES: Final = text("SELECT rolbypassrls FROM pg_roles WHERE rolname = current_user")
-_CHECKED: Final = "rhesis_tasks.bypassrls_checked"  # in the info of a physical connection
 _ASKED: Final = "rhesis_tasks.asked"  # in the info of a session that has asked for a connection ...
 _BEGUN: Final = "rhesis_tasks.begun"  # ... and that has got one with a transaction
+_system_log = logging.getLogger("rhesis_tasks.system")
 
 
-def tenant_settings(tenant: TenantContext) -> dict[str, str]:
-    """The parameters of BIND_TENANT.  A user or project that is not known is sent as the empty string, so
-    that one set earlier on the same transaction cannot stay."""
-    return {
-        "organization_id": tenant.organization_id,
-        "user_id": tenant.user_id or "",
-        "project_id": tenant.project_id or "",
-    }
+class TransactionOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`~rhesis_tasks.binding.Transaction`: how a session's transactions are begun."""
+
+    readonly: bool
+    isolation_level: IsolationLevel | None
+    statement_timeout: float | timedelta | None
+    lock_timeout: float | timedelta | None
 
 
-class TenantSession(Session):
+class _OptionsSession(Session):
+    """A Session whose transactions are begun in a certain way, and never on somebody's connection."""
+
+    def __init__(self, *args: Any, transaction: Transaction = PLAIN, **kwargs: Any) -> None:
+        _refuse_connection(kwargs.get("bind", args[0] if args else None))
+        self._transaction_options = transaction
+        self._optioned: dict[Engine, Engine] = {}
+        kwargs["close_resets_only"] = False  # a closed session that reopened would keep its tenant
+        super().__init__(*args, **kwargs)
+
+    @override
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """As Session's, asked before each statement; refused for somebody's Connection."""
+        bind = super().get_bind(*args, **kwargs)
+        _refuse_connection(bind)
+        self.info[_ASKED] = True
+        return self._with_options(bind)  # type: ignore[arg-type]
+
+    def _with_options(self, engine: Engine) -> Engine:
+        """The engine with the session's options; the same one each time, since each has a connection of its own."""
+        options = self._transaction_options.execution_options()
+        if not options or engine in self._optioned.values():
+            return engine
+        if engine not in self._optioned:
+            self._optioned[engine] = engine.execution_options(**options)
+        return self._optioned[engine]
+
+
+class TenantSession(_OptionsSession):
     """A Session whose every transaction carries one tenant, fixed at construction.
 
     Made by :class:`TenantSessions`.
@@ -84,12 +116,18 @@ class TenantSession(Session):
         TenantSessionError: it is given somebody's connection with an open transaction.
         UnsafeConnectionError: when a transaction begins, if the connection cannot enforce the tenant.
         TenantConflictError: before a statement, while another tenant is active.
+        TenantDatabaseError: by a statement that the database refuses for a reason that has to do with the tenant.
     """
 
-    def __init__(self, *args: Any, tenant: TenantContext | None = None, **kwargs: Any) -> None:
-        _refuse_connection(kwargs.get("bind", args[0] if args else None))
+    def __init__(
+        self,
+        *args: Any,
+        tenant: TenantContext | None = None,
+        setting_names: SettingNames | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._tenant = tenant if tenant is not None else require_tenant()
-        kwargs["close_resets_only"] = False  # a closed session that reopened would keep its tenant
+        self._setting_names = setting_names or SettingNames()
         super().__init__(*args, **kwargs)
 
     @property
@@ -100,26 +138,20 @@ class TenantSession(Session):
     @override
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """As Session's, asked before each statement; refused for somebody's Connection, or another tenant's code."""
-        _refuse_other_tenant(self._tenant)
+        refuse_other_tenant(self._tenant)
         bind = super().get_bind(*args, **kwargs)
-        _refuse_connection(bind)
-        self.info[_ASKED] = True
+        explain_errors(bind, self._setting_names)  # type: ignore[arg-type]
         return bind
 
-
-def _refuse_other_tenant(tenant: TenantContext) -> None:
-    active = current_tenant()
-    if active is not None and not same_tenant(active, tenant):
-        raise TenantConflictError(
-            f"this session belongs to {tenant}, but the running code works for {active}.  Open a session inside "
-            "tenant_scope(...) for each tenant",
-            first=tenant,
-            second=active,
-        )
+    @override
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        """As Session's; refused for another tenant's code, also where the object is loaded already."""
+        refuse_other_tenant(self._tenant)
+        return super().get(*args, **kwargs)
 
 
 def _refuse_connection(bind: object) -> None:
-    if isinstance(bind, Connection):
+    if isinstance(bind, Connection | AsyncConnection):
         # The settings would stay on that transaction after this session's commit.
         raise TenantSessionError(
             "a tenant session opens its own transactions; it cannot join a Connection.  Give it an Engine"
@@ -127,108 +159,388 @@ def _refuse_connection(bind: object) -> None:
 
 
 @event.listens_for(TenantSession, "after_begin", propagate=True, insert=True)
-def _bind_tenant(session: TenantSession, transaction: SessionTransaction, connection: Connection) -> None:
+def _bind(session: TenantSession, transaction: SessionTransaction, connection: Connection) -> None:
     if transaction.nested:
         return  # a savepoint lives in a transaction that has the settings already
+    bind_tenant(connection, session.tenant, session._setting_names, session._transaction_options)
+    session.info[_BEGUN] = True
+
+
+class AsyncTenantSession(AsyncSession):
+    """An AsyncSession whose every transaction carries one tenant, as :class:`TenantSession`'s do."""
+
+    sync_session_class = TenantSession
+
+    @property
+    def tenant(self) -> TenantContext:
+        """The tenant, the same for the session's whole life."""
+        return self.sync_session.tenant  # type: ignore[attr-defined,no-any-return]
+
+
+# --- of nobody ---------------------------------------------------------------------------------------------------
+
+
+class SystemSession(_OptionsSession):
+    """A Session for work across tenants, by a role that row-level security does not bind.
+
+    Made by :meth:`TenantSessions.system_session`.
+
+    Raises:
+        UnsafeConnectionError: when a transaction begins, if row-level security binds the role: it would see nothing,
+            and say nothing.
+    """
+
+    def __init__(self, *args: Any, role: str | None = None, **kwargs: Any) -> None:
+        self._role = role
+        super().__init__(*args, **kwargs)
+
+
+class AsyncSystemSession(AsyncSession):
+    """The same, asynchronous."""
+
+    sync_session_class = SystemSession
+
+
+_SEES_ALL: Final = text("SELECT rolsuper OR rolbypassrls, rolname FROM pg_roles WHERE rolname = current_user")
+
+
+@event.listens_for(SystemSession, "after_begin", propagate=True, insert=True)
+def _become_system(session: SystemSession, transaction: SessionTransaction, connection: Connection) -> None:
+    if transaction.nested:
+        return
+    settings = session._transaction_options.settings()
+    if session._role is not None:
+        settings["role"] = session._role
     try:
-        _send_tenant(session.tenant, connection)
+        for name, value in settings.items():
+            connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": name, "value": value})
+        sees_all, role = connection.execute(_SEES_ALL).one()
+        if not sees_all:
+            raise UnsafeConnectionError(
+                f"the role {role} of the system session is bound by row-level security, so that it would find no "
+                "rows.  Give it BYPASSRLS"
+            )
     except BaseException:
-        # SQLAlchemy has registered the connection by now: if the caller swallowed the error, its next
-        # statement would run without a tenant.  Invalidated, it raises PendingRollbackError instead.
         connection.invalidate()
         raise
     session.info[_BEGUN] = True
 
 
-def _send_tenant(tenant: TenantContext, connection: Connection) -> None:
-    # The driver is asked, since SQLAlchemy does not know of autocommit set in a connect listener.
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise UnsafeConnectionError(
-            "the connection is in autocommit mode, in which the tenant would vanish after one statement.  Use an "
-            "engine without isolation_level='AUTOCOMMIT' for tenant sessions"
-        )
-    sent = tenant_settings(tenant)
-    row = connection.execute(BIND_TENANT, sent).one()
-    if tuple(row[:3]) != (sent["organization_id"], sent["user_id"], sent["project_id"]):
-        raise UnsafeConnectionError("the server did not keep the tenant's settings")
-    if row[3] == "on":
-        raise UnsafeConnectionError(
-            "the login is a superuser, whom row-level security does not bind.  Connect as an application role "
-            "that is neither superuser nor owner of the tables nor BYPASSRLS"
-        )
-    if connection.info.get(_CHECKED) != row[4]:  # once for each role that the connection acts as
-        if connection.execute(_BYPASSES).scalar_one():
-            raise UnsafeConnectionError(
-                "the login has BYPASSRLS, so that row-level security does not bind it.  Connect as an application "
-                "role without it"
-            )
-        connection.info[_CHECKED] = row[4]
+# --- where they come from ----------------------------------------------------------------------------------------
+
+Source: TypeAlias = str | URL | Engine | AsyncEngine | sessionmaker[Any] | async_sessionmaker[Any]
+"""What a TenantSessions is made from."""
 
 
 class TenantSessions:
     """Sessions of one database, each for the tenant it is opened for; for web processes and workers alike.
 
-    Safe to create before a fork: a forked child starts with an empty pool.
+    Safe to create before a fork: a forked child starts with an empty pool.  Asynchronous sessions have an engine for
+    each event loop, made when it is first needed.
 
     Args:
-        url_or_engine: a PostgreSQL URL in any usual form, or the application's own Engine.
+        source: a PostgreSQL URL in any usual form, or the application's own Engine, AsyncEngine, sessionmaker or
+            async_sessionmaker.  From a URL both kinds of sessions are made; asynchronous ones by psycopg, or by asyncpg
+            if the URL says ``postgresql+asyncpg``.
+        async_engine: the application's own, besides a ``source`` for the synchronous sessions.  It serves one event
+            loop.
+        async_engine_options: those of ``engine_options`` that are others for ``create_async_engine``.
         session_class: the application's own Session class.
-        engine_options: for ``sqlalchemy.create_engine``, if a URL is given.
+        async_session_class: its own AsyncSession class.
+        setting_names: the settings that policies read.
+        system: for :meth:`system_session`: the URL or Engine of another login.
+        system_role: or a role that the login may change to (it has to be a member of it).
+        engine_options: for ``create_engine`` and ``create_async_engine``, if a URL is given.
 
     Raises:
-        ConfigurationError: it is neither a PostgreSQL URL nor an Engine for PostgreSQL.
-        MissingExtraError: psycopg is not installed.
+        ConfigurationError: it is nothing for PostgreSQL, or options do not go together.
+        MissingExtraError: the driver is not installed.
     """
 
     def __init__(
         self,
-        url_or_engine: str | URL | Engine,
+        source: Source,
         *,
+        async_engine: AsyncEngine | None = None,
+        async_engine_options: Mapping[str, Any] | None = None,
         session_class: type[Session] = Session,
+        async_session_class: type[AsyncSession] = AsyncSession,
+        setting_names: SettingNames | None = None,
+        system: str | URL | Engine | None = None,
+        system_role: str | None = None,
         **engine_options: Any,
     ) -> None:
-        if isinstance(url_or_engine, Engine):
-            if engine_options:
-                raise ConfigurationError("engine options go with a URL; an Engine has its own already")
-            if url_or_engine.dialect.name != "postgresql":
-                raise ConfigurationError(f"tenant sessions need PostgreSQL, not {url_or_engine.dialect.name}")
-            self.engine = url_or_engine
-            forget_pool_after_fork(self.engine)
+        self._options: dict[str, Any] = {}  # of each session
+        self._async_options: dict[str, Any] = {}
+        if isinstance(source, sessionmaker):
+            source, session_class, self._options = _taken_apart(source)
+        elif isinstance(source, async_sessionmaker):
+            source, async_session_class, self._async_options = _taken_apart(source)
+        self._url: str | URL | None = None
+        self._engine_options = engine_options
+        self._engine: Engine | None = None
+        self._async_engine = async_engine
+        self._loop_engines: LoopEngines | None = None
+        if isinstance(source, str | URL):
+            self._url = source
+            self._engine = new_engine(source, **engine_options)
+            self._async_engine_options = {**engine_options, **(async_engine_options or {})}
+            self._loop_engines = LoopEngines(source, **self._async_engine_options)
+        elif engine_options or async_engine_options:
+            raise ConfigurationError("engine options go with a URL; an Engine has its own already")
+        elif isinstance(source, AsyncEngine) and async_engine is None:
+            self._async_engine = source
+        elif isinstance(source, Engine):
+            self._engine = source
+            forget_pool_after_fork(source)
         else:
-            self.engine = new_engine(url_or_engine, **engine_options)
+            raise ConfigurationError(
+                "tenant sessions are made from a URL, an Engine, an AsyncEngine, a sessionmaker or an "
+                f"async_sessionmaker, not {type(source).__name__}"
+            )
+        for engine in (self._engine, self._async_engine):
+            if engine is not None and engine.dialect.name != "postgresql":
+                raise ConfigurationError(f"tenant sessions need PostgreSQL, not {engine.dialect.name}")
+        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None  # that of the application's AsyncEngine
+        if system is not None and system_role is not None:
+            raise ConfigurationError("system= is another login, system_role= a role of the same; give one of them")
+        self._system_role = system_role
+        self._system_engine = system if isinstance(system, Engine) else None
+        self._system_loops: LoopEngines | None = None
+        if isinstance(system, str | URL):
+            self._system_engine = new_engine(system)
+            self._system_loops = LoopEngines(system)
+        self._setting_names = setting_names or SettingNames()
         self._session_class = _tenant_class(session_class)
+        self._async_session_class = _async_tenant_class(async_session_class)
 
     def __repr__(self) -> str:
-        return f"TenantSessions({redacted(self.engine.url)!r})"
+        engine = self._engine or self._async_engine
+        return f"TenantSessions({redacted(engine.url)!r})" if engine else "TenantSessions()"
 
-    def __call__(self, tenant: TenantContext | None = None) -> TenantSession:
+    # --- synchronous -------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the synchronous sessions.
+
+        Raises:
+            ConfigurationError: they are made from an AsyncEngine.
+        """
+        if self._engine is None:
+            raise ConfigurationError(
+                "these sessions are asynchronous: they were made from an AsyncEngine.  Make them from a URL, or from "
+                "an Engine and async_engine=..., to have both"
+            )
+        return self._engine
+
+    def __call__(self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]) -> TenantSession:
         """A new session, to be closed by the caller (``with sessions() as db:``), who also commits.
 
         Args:
             tenant: by default the active one.
+            transaction: how its transactions are begun: ``readonly``, ``isolation_level``, ``statement_timeout`` and
+                ``lock_timeout`` (seconds).
 
         Raises:
             MissingTenantError: there is none.
+            ConfigurationError: there is no such isolation level, or a time-out is not positive.
         """
-        return self._session_class(bind=self.engine, tenant=tenant)
+        return self._session_class(
+            **{"bind": self.engine, **self._options},
+            tenant=tenant,
+            setting_names=self._setting_names,
+            transaction=Transaction(**transaction),
+        )
 
     @contextmanager
-    def begin(self, tenant: TenantContext | None = None) -> Iterator[TenantSession]:
-        """A session with one transaction: committed at the end, rolled back on any exception, always closed."""
-        with self(tenant) as session:
-            try:
-                with session.begin():
-                    yield session
-            except OperationalError as error:
-                if _BEGUN in session.info or _ASKED not in session.info:
-                    raise  # it was reached and something else is wrong, or it is another database's error
-                raise DatabaseUnavailableError(
-                    f"cannot connect to {redacted(self.engine.url)}: {error.orig}", url=redacted(self.engine.url)
-                ) from error
+    def begin(
+        self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
+    ) -> Iterator[TenantSession]:
+        """A session that is committed at the end, rolled back on any exception, and always closed.
+
+        The block may commit by itself in between, so that long work holds no transaction: the next statement begins
+        another one, of the same tenant.
+        """
+        with self(tenant, **transaction) as session, _reaching(session, self.engine):
+            yield session
+            session.commit()
+
+    @contextmanager
+    def connection(
+        self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
+    ) -> Iterator[Connection]:
+        """A Core connection in one transaction of the tenant's: committed at the end, rolled back on any exception."""
+        tenant, options = tenant or require_tenant(), Transaction(**transaction)
+        refuse_other_tenant(tenant)
+        explain_errors(self.engine, self._setting_names)
+        with self.engine.execution_options(**options.execution_options()).begin() as connection:
+            bind_tenant(connection, tenant, self._setting_names, options)
+            yield connection
+
+    # --- asynchronous ------------------------------------------------------------------------------------------
+
+    def async_engine(self) -> AsyncEngine:
+        """The engine of the running event loop's asynchronous sessions.
+
+        Raises:
+            ConfigurationError: they are made from an Engine, or the application's AsyncEngine serves another loop.
+            RuntimeError: no event loop is running.
+        """
+        if self._async_engine is None and self._loop_engines is not None:
+            return self._loop_engines.current()
+        if self._async_engine is None:
+            raise ConfigurationError(
+                "these sessions are synchronous: they were made from an Engine.  Make them from a URL, or give them "
+                "async_engine=... as well, to have both"
+            )
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = weakref.ref(loop)
+        if self._loop() is not loop:
+            raise ConfigurationError(
+                "the AsyncEngine of these sessions has connections of another event loop.  Make them from a URL, so "
+                "that each loop gets an engine of its own"
+            )
+        return self._async_engine
+
+    def async_session(
+        self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
+    ) -> AsyncTenantSession:
+        """A new session, to be closed by the caller (``async with sessions.async_session() as db:``), who also commits.
+
+        Raises:
+            MissingTenantError: no tenant is given, and none is active.
+            ConfigurationError: as :meth:`async_engine`, or as for a call.
+        """
+        tenant = tenant or require_tenant()
+        return self._async_session_class(
+            **{"bind": self.async_engine(), **self._async_options},
+            tenant=tenant,
+            setting_names=self._setting_names,
+            transaction=Transaction(**transaction),
+        )
+
+    @asynccontextmanager
+    async def async_begin(
+        self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
+    ) -> AsyncIterator[AsyncTenantSession]:
+        """As :meth:`begin`, asynchronous."""
+        async with self.async_session(tenant, **transaction) as session:
+            with _reaching(session.sync_session, self.async_engine().sync_engine):
+                yield session
+                await session.commit()
+
+    @asynccontextmanager
+    async def async_connection(
+        self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
+    ) -> AsyncIterator[AsyncConnection]:
+        """As :meth:`connection`, asynchronous."""
+        tenant, options = tenant or require_tenant(), Transaction(**transaction)
+        refuse_other_tenant(tenant)
+        engine = self.async_engine()
+        explain_errors(engine.sync_engine, self._setting_names)
+        async with engine.execution_options(**options.execution_options()).begin() as connection:
+            await connection.run_sync(bind_tenant, tenant, self._setting_names, options)
+            yield connection
+
+    # --- of nobody ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def system_session(self, *, reason: str, **transaction: Unpack[TransactionOptions]) -> Iterator[SystemSession]:
+        """A session across all tenants, committed at the end, rolled back on any exception, and always closed.
+
+        By another login or role, ``system=`` or ``system_role=``, that row-level security does not bind.  Each use is
+        in the log ``rhesis_tasks.system``, with its reason.
+
+        Args:
+            reason: what it is for, for whoever reads the log.
+            transaction: as for a call.
+
+        Raises:
+            NotConfiguredError: these sessions have neither ``system=`` nor ``system_role=``.
+            TenantSessionError: there is no reason, or a tenant is active.
+        """
+        self._check_system(reason)
+        engine = self._system_engine or self.engine
+        options = Transaction(**transaction)
+        with (
+            SystemSession(bind=engine, role=self._system_role, transaction=options) as session,
+            _reaching(session, engine),
+        ):
+            yield session
+            session.commit()
+
+    @asynccontextmanager
+    async def async_system_session(
+        self, *, reason: str, **transaction: Unpack[TransactionOptions]
+    ) -> AsyncIterator[AsyncSystemSession]:
+        """As :meth:`system_session`, asynchronous."""
+        self._check_system(reason)
+        if self._system_engine is not None and self._system_loops is None:
+            raise ConfigurationError("system= is an Engine; give it as a URL for asynchronous system sessions")
+        engine = self.async_engine() if self._system_loops is None else self._system_loops.current()
+        options = Transaction(**transaction)
+        async with AsyncSystemSession(engine, role=self._system_role, transaction=options) as session:
+            with _reaching(session.sync_session, engine.sync_engine):
+                yield session
+                await session.commit()
+
+    def _check_system(self, reason: str) -> None:
+        if self._system_engine is None and self._system_role is None:
+            raise NotConfiguredError(
+                "these sessions have no system login.  Make them with TenantSessions(..., system=URL), or with "
+                "system_role="
+            )
+        if not isinstance(reason, str) or not reason.strip():
+            raise TenantSessionError("system_session(reason=...) wants a reason, for whoever reads the log")
+        tenant = current_tenant()
+        if tenant is not None:
+            raise TenantSessionError(
+                f"a system session is nobody's, but the running code works for {tenant}.  Do this work in a task with "
+                "system=True, and open tenant_scope(...) inside of the session"
+            )
+        _system_log.info("system session: %s", reason, extra={"reason": reason})
+
+    # --- the pools ---------------------------------------------------------------------------------------------
+
+    def fit(self, tasks: int) -> None:
+        """Size the pool for so many tasks at once in this process, unless the application has sized it.
+
+        A task may have a second session beside its first, and short bursts of more.  Connections that are lent stay.
+        """
+        if self._url is None or _SIZED & set(self._engine_options):
+            return
+        size = {"pool_size": tasks, "max_overflow": max(tasks, 10)}
+        self.engine.dispose()
+        self._engine = new_engine(self._url, **self._engine_options, **size)
+        self._loop_engines = LoopEngines(self._url, **{**size, **self._async_engine_options})
 
     def dispose(self) -> None:
-        """Close the pooled connections."""
-        self.engine.dispose()
+        """Close the pooled connections of synchronous sessions."""
+        for engine in (self._engine, self._system_engine):
+            if engine is not None:
+                engine.dispose()
+
+    async def async_dispose(self) -> None:
+        """Close the pooled connections of the running event loop's asynchronous sessions."""
+        for engines in (self._loop_engines, self._system_loops):
+            if engines is not None:
+                await engines.dispose()
+        if self._async_engine is not None:
+            await self._async_engine.dispose()
+
+
+_SIZED: Final = frozenset({"pool_size", "max_overflow", "poolclass", "pool"})
+
+
+def _taken_apart(maker: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The engine of a sessionmaker, the class of its sessions, and their options."""
+    options = dict(maker.kw)
+    engine = options.pop("bind", None)
+    if engine is None:
+        raise ConfigurationError("a sessionmaker for tenant sessions needs bind=, the Engine")
+    return engine, maker.class_, options
 
 
 def _tenant_class(session_class: type[Session]) -> type[TenantSession]:
@@ -240,7 +552,30 @@ def _tenant_class(session_class: type[Session]) -> type[TenantSession]:
     return type(f"Tenant{session_class.__name__}", (TenantSession, session_class), {})
 
 
-# --- which sessions a decorated function uses ------------------------------------------------------------------
+def _async_tenant_class(session_class: type[AsyncSession]) -> type[AsyncTenantSession]:
+    """An AsyncSession class of the application's, made to carry the tenant, as does the Session inside of it."""
+    if session_class is AsyncSession:
+        return AsyncTenantSession
+    if issubclass(session_class, AsyncTenantSession):
+        return session_class
+    inner = _tenant_class(session_class.sync_session_class)
+    return type(f"Tenant{session_class.__name__}", (AsyncTenantSession, session_class), {"sync_session_class": inner})
+
+
+@contextmanager
+def _reaching(session: Session, engine: Engine) -> Iterator[None]:
+    """Name the database whose connection a session has asked for and not got."""
+    try:
+        yield
+    except (OperationalError, OSError) as error:
+        if _BEGUN in session.info or _ASKED not in session.info or isinstance(error, DatabaseUnavailableError):
+            raise  # it was reached and something else is wrong, or it is another database's error
+        url = redacted(engine.url)
+        reason = error.orig if isinstance(error, OperationalError) else error
+        raise DatabaseUnavailableError(f"cannot connect to {url}: {reason}", url=url) from error
+
+
+# --- which sessions the running code uses ------------------------------------------------------------------------
 
 _by_app: weakref.WeakKeyDictionary[Celery, TenantSessions] = weakref.WeakKeyDictionary()
 
@@ -249,8 +584,19 @@ def use_sessions(app: Celery, sessions: TenantSessions | None) -> None:
     """Let tasks of ``app`` use these sessions; None takes them away."""
     if sessions is None:
         _by_app.pop(app, None)
-    else:
-        _by_app[app] = sessions
+        return
+    _by_app[app] = sessions
+    worker_init.connect(_fit_worker, weak=False, dispatch_uid="rhesis_tasks.sessions.fit")
+
+
+def _fit_worker(sender: Any, **_: Any) -> None:
+    """worker_init: a worker's pool says how many tasks run at once in a process."""
+    sessions = _by_app.get(sender.app)
+    if sessions is None:
+        return
+    one_each = getattr(sender.pool_cls, "__module__", str(sender.pool_cls)).rpartition(".")[2] in ("prefork", "solo")
+    if one_each or isinstance(sender.concurrency, int):
+        sessions.fit(1 if one_each else sender.concurrency)
 
 
 def sessions_of(app: Celery) -> TenantSessions:
@@ -268,7 +614,12 @@ def sessions_of(app: Celery) -> TenantSessions:
         ) from None
 
 
-def _ambient_sessions() -> TenantSessions:
+def ambient_sessions() -> TenantSessions:
+    """Those of the running task's application; outside of a task, those of the one database that is configured.
+
+    Raises:
+        NotConfiguredError: there are none, or several.
+    """
     task: Any = get_current_task()
     if task is not None:
         return sessions_of(task.app)
@@ -280,96 +631,3 @@ def _ambient_sessions() -> TenantSessions:
     raise NotConfiguredError(
         f"{len(known)} databases are configured; outside of a task say which: @tenant_session(sessions=...)"
     )
-
-
-# --- the decorator ---------------------------------------------------------------------------------------------
-
-P = ParamSpec("P")
-R = TypeVar("R")
-TaskT = TypeVar("TaskT", bound="Task[Any, Any]")
-
-
-@overload
-def tenant_session(
-    function: Callable[Concatenate[TaskT, TenantSession, P], R], /
-) -> Callable[Concatenate[TaskT, P], R]: ...
-@overload
-def tenant_session(function: Callable[Concatenate[TenantSession, P], R], /) -> Callable[P, R]: ...
-@overload
-def tenant_session(
-    *, param: str = "db", sessions: TenantSessions | None = None
-) -> Callable[[Callable[..., R]], Callable[..., R]]: ...
-def tenant_session(
-    function: Callable[..., Any] | None = None,
-    /,
-    *,
-    param: str = "db",
-    sessions: TenantSessions | None = None,
-) -> Callable[..., Any]:
-    """Give a function a session of the active tenant, in one transaction for the call.
-
-    Committed when the function returns, rolled back when it raises, closed either way.  The parameter is
-    filled in by name and taken out of the signature, so that callers, and Celery's check of arguments, never
-    see it.  On a task it goes below ``@app.task``::
-
-        @app.task(base=BaseTask, bind=True)
-        @tenant_session
-        def rename(self, db: Session, test_set_id: str, name: str) -> None: ...
-
-    Args:
-        param: the parameter that takes the session.
-        sessions: by default those of the task's application; outside of a task, those of the one database
-            that is configured.
-
-    Raises:
-        TaskDefinitionError: when it is applied, if the function has no such parameter, is ``async def`` or is
-            a task already.
-        MissingTenantError: when it is called, if no tenant is active.
-    """
-    if function is None:
-        return functools.partial(_inject_session, param=param, sessions=sessions)
-    return _inject_session(function, param=param, sessions=sessions)
-
-
-def _inject_session(function: Callable[..., Any], *, param: str, sessions: TenantSessions | None) -> Callable[..., Any]:
-    position, signature = _without(function, param)
-
-    @functools.wraps(function)
-    def call_with_session(*args: Any, **kwargs: Any) -> Any:
-        if param in kwargs:
-            raise TypeError(f"{function.__name__}() gets {param!r} from @tenant_session; do not pass it")
-        with (sessions or _ambient_sessions()).begin() as session:
-            if position is not None and len(args) >= position:
-                return function(*args[:position], session, *args[position:], **kwargs)
-            return function(*args, **kwargs, **{param: session})
-
-    call_with_session.__signature__ = signature  # type: ignore[attr-defined]
-    call_with_session.__annotations__ = {
-        name: annotation for name, annotation in function.__annotations__.items() if name != param
-    }
-    return call_with_session
-
-
-def _without(function: Callable[..., Any], param: str) -> tuple[int | None, inspect.Signature]:
-    """Where the parameter stands (None if it is keyword-only), and the signature without it."""
-    if isinstance(function, Proxy) or hasattr(function, "apply_async"):
-        raise TaskDefinitionError("@tenant_session goes below @app.task: it wraps the function, not the task")
-    name = getattr(function, "__qualname__", repr(function))
-    if not callable(function):
-        raise TaskDefinitionError(f"@tenant_session wraps a function, not {name}")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TaskDefinitionError(f"@tenant_session cannot wrap {name}: async functions are not supported yet")
-    if inspect.isgeneratorfunction(function):
-        raise TaskDefinitionError(
-            f"@tenant_session cannot wrap {name}: the session would be closed before the generator runs"
-        )
-    signature = inspect.signature(function)
-    found = signature.parameters.get(param)
-    if found is None or found.kind in (found.VAR_POSITIONAL, found.VAR_KEYWORD):
-        raise TaskDefinitionError(
-            f"{name}{signature} has no parameter {param!r} to take the session.  Add one, or name it: "
-            "@tenant_session(param=...)"
-        )
-    remaining = [parameter for parameter in signature.parameters.values() if parameter is not found]
-    position = None if found.kind is found.KEYWORD_ONLY else list(signature.parameters).index(param)
-    return position, signature.replace(parameters=remaining)

@@ -18,6 +18,7 @@ from .errors import ConfigurationError, MissingExtraError
 
 __all__ = [
     "DEFAULT_SCHEMA",
+    "async_database_url",
     "broker_url",
     "database_url",
     "is_postgresql",
@@ -56,6 +57,29 @@ def database_url(url: str | URL) -> URL:
             f"a database URL looks like postgresql://user:password@host/database, not {redacted(parsed)}"
         )
     return parsed.set(drivername="postgresql+psycopg")
+
+
+def async_database_url(url: str | URL) -> URL:
+    """The same for asynchronous sessions: for asyncpg if the URL says ``postgresql+asyncpg``, else for psycopg.
+
+    Raises:
+        ConfigurationError: it is not a PostgreSQL URL.
+        MissingExtraError: the driver is not installed.
+    """
+    plain = database_url(url)
+    given = url if isinstance(url, URL) else _parsed(url.strip())
+    if given.drivername.partition("+")[2] != "asyncpg":
+        require_psycopg()
+        return plain
+    try:
+        import asyncpg  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError.of("asyncpg", "asyncpg") from error
+    query = dict(plain.query)
+    for libpqs, asyncpgs in (("sslmode", "ssl"), ("connect_timeout", "timeout")):
+        if libpqs in query:
+            query[asyncpgs] = query.pop(libpqs)
+    return plain.set(drivername="postgresql+asyncpg", query=query)
 
 
 def _parsed(url: str) -> URL:

@@ -1,17 +1,20 @@
-"""Engines that survive a fork."""
+"""Engines that survive a fork, and that belong to one event loop each."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
+import threading
 import weakref
 from typing import Any, Final
 
-from sqlalchemy import Engine, Pool, create_engine
+from sqlalchemy import URL, Engine, Pool, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ..settings import database_url, require_psycopg
+from ..settings import async_database_url, database_url, require_psycopg
 
-__all__ = ["forget_pool_after_fork", "new_engine", "shared_engine"]
+__all__ = ["LoopEngines", "forget_pool_after_fork", "new_engine", "shared_engine"]
 
 CONNECT_TIMEOUT: Final = 5
 """Seconds within which a connection of the library's own must be made, unless the URL says otherwise."""
@@ -36,6 +39,50 @@ def shared_engine(url: str) -> Engine:
     # A server that accepts and then says nothing would keep a launch waiting for ever.
     timeout = {} if "connect_timeout" in database_url(url).query else {"connect_timeout": CONNECT_TIMEOUT}
     return new_engine(url, connect_args=timeout)
+
+
+class LoopEngines:
+    """An AsyncEngine for each event loop, made when it is first asked for.
+
+    A connection belongs to the loop that made it; lent to another one, asyncpg fails and psycopg may hang.
+
+    Args:
+        url: a PostgreSQL URL in any usual form; with ``postgresql+asyncpg`` by asyncpg, else by psycopg.
+        options: for ``create_async_engine``.
+    """
+
+    def __init__(self, url: str | URL, **options: Any) -> None:
+        self._url = async_database_url(url)
+        self._options = {"pool_pre_ping": True, **options}
+        self._engines: dict[asyncio.AbstractEventLoop, AsyncEngine] = {}
+        self._lock = threading.Lock()
+
+    def current(self) -> AsyncEngine:
+        """The engine of the running event loop.
+
+        Raises:
+            RuntimeError: none is running.
+            MissingExtraError: the driver is not installed.
+        """
+        loop = asyncio.get_running_loop()
+        engine = self._engines.get(loop)
+        if engine is None:
+            with self._lock:
+                self._forget_closed_loops()
+                engine = self._engines[loop] = create_async_engine(self._url, **self._options)
+            forget_pool_after_fork(engine.sync_engine)
+        return engine
+
+    def _forget_closed_loops(self) -> None:
+        for loop in [loop for loop in self._engines if loop.is_closed()]:
+            # Nothing can be said to its connections any more.
+            self._engines.pop(loop).sync_engine.dispose(close=False)
+
+    async def dispose(self) -> None:
+        """Close the pooled connections of the running event loop."""
+        engine = self._engines.pop(asyncio.get_running_loop(), None)
+        if engine is not None:
+            await engine.dispose()
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

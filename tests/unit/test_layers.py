@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls", "ddl", "models"},
     {"postgres"},
-    {"retry", "canvas", "propagation", "sessions", "logs", "threads", "otel"},
+    {"retry", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "otel"},
     {"request", "task", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]

@@ -70,9 +70,6 @@ def only_kwargs(x: int, **db: Any) -> None: ...
 def only_args(*db: Any) -> None: ...
 
 
-async def coroutine(db: Session) -> None: ...
-
-
 def generator(db: Session) -> Iterator[int]:
     yield 1
 
@@ -87,8 +84,7 @@ async def async_generator(db: Session) -> Any:
         (no_parameter, "has no parameter 'db' to take the session"),
         (only_kwargs, "has no parameter 'db' to take the session"),
         (only_args, "has no parameter 'db' to take the session"),
-        (coroutine, "async functions are not supported yet"),
-        (async_generator, "async functions are not supported yet"),
+        (async_generator, "closed before the generator runs"),
         (generator, "the session would be closed before the generator runs"),
         ("rename", "wraps a function, not 'rename'"),
     ],

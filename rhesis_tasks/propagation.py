@@ -33,6 +33,7 @@ from .headers import (
     encode,
     find,
     keep_state,
+    running,
     state_of,
 )
 from .signing import Signer, SigningProducer
@@ -56,6 +57,7 @@ __all__ = [
     "records",
     "renew",
     "restored",
+    "running_state",
     "signer_of",
     "uninstall",
     "with_context",
@@ -354,6 +356,15 @@ def begin(task: Task[Any, Any], request: Context) -> RequestState:
     return state
 
 
+def running_state(task: object) -> RequestState | None:
+    """As :func:`begin`, without the request, if it is this task's body that is about to begin here."""
+    state = running.get()
+    if state is None or state.task is not task or state.is_running:
+        return None
+    renew(state)
+    return state
+
+
 def renew(state: RequestState) -> None:
     """Set the context as it was when the body began."""
     if state.activation is not None:
@@ -399,7 +410,7 @@ def _restore(task: Task[Any, Any], request: Context) -> RequestState:
         refusal = error if isinstance(error, ContextError) else HeaderError(f"{type(error).__name__}: {error}")
         envelope, activation = Envelope(), Activation(None, {})
         owner = None if isinstance(error, HeaderError) else _named_by_header(request)
-    state = RequestState(activation=activation, envelope=envelope, tenant=owner, refusal=refusal)
+    state = RequestState(task=task, activation=activation, envelope=envelope, tenant=owner, refusal=refusal)
     keep_state(request, state)
     tenant = envelope.tenant
     attributes = vars(request)
@@ -449,12 +460,20 @@ def _enter(sender: Task[Any, Any], task_id: str | None = None, **_: Any) -> None
         if request.id != task_id:
             # What a message brings along may say anything, and is merged into the request.
             request.id = task_id
-        _restore(sender, request)
+        before = running.get()
+        state = _restore(sender, request)
+        state.before = before
+        running.set(state)
 
 
 def _leave(sender: Task[Any, Any], **_: Any) -> None:
     """task_postrun: what was there before comes back."""
-    _undo(state_of(sender.request))
+    state = running.get()
+    if state is not None and state.task is sender:
+        running.set(state.before)
+        _undo(state)
+    else:  # somebody has changed it
+        _undo(state_of(sender.request))
 
 
 def _begin_to_work(sender: Any, **_: Any) -> None:

@@ -44,21 +44,14 @@ class ContextRequest(_Request):  # type: ignore[misc]
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
 
-    def __init__(
-        self,
-        message: Any,
-        *args: Any,
-        task: Any = None,
-        app: Any = None,
-        headers: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, message: Any, *args: Any, **options: Any) -> None:
+        app = options["app"]
         signer = signer_of(app)
         try:
             if signer is not None and not signer.accepts(message):
-                headers = _instead_of(message.headers if headers is None else headers, app)
-                options |= {"body": ((), {}, {}), "decoded": True}
-            super().__init__(message, *args, task=task, app=app, headers=headers, **options)
+                headers = _instead_of(options.get("headers") or message.headers, app)
+                options |= {"headers": headers, "body": ((), {}, {}), "decoded": True}
+            super().__init__(message, *args, **options)
             _check_form(self._request_dict, self._payload)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise InvalidTaskError(f"{type(error).__name__}: {error}") from error
@@ -79,8 +72,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
     @override
     def revoked(self) -> bool:
         """Whether the task was revoked or has expired; Celery asks for each task, so the context waits until it may."""
-        if not (self.expires or self.stamped_headers or self._already_revoked or self.id in state.revoked):
-            return bool(super().revoked())
+        if not (self._expires or self.stamped_headers or self._already_revoked or self.id in state.revoked):
+            return False
         with self._as_launched():
             return bool(super().revoked())
 
@@ -132,32 +125,44 @@ class ContextRequest(_Request):  # type: ignore[misc]
 _EMBEDDED: Final = frozenset({"callbacks", "chain", "chord", "errbacks"})
 _METHODS: Final = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
 _TEXTS: Final = ("root_id", "parent_id", "group", "shadow")
+_LIST: Final = (list, tuple)
+_NUMBER: Final = (int, float)
 
 
 def _check_form(request: Mapping[str, Any], body: Any) -> None:
-    """Raise TypeError or ValueError for what no Celery publishes, and at which a worker would end or hang."""
+    """Raise TypeError or ValueError for what no Celery publishes, and at which a worker would end or hang.
+
+    Every task pays for it, so the usual is decided first.
+    """
     args, kwargs, embedded = body
     get = request.get
-    if not (isinstance(args, list | tuple) and isinstance(kwargs, dict) and isinstance(embedded, dict | None)):
-        raise TypeError("the body is not arguments, keyword arguments and signatures")
-    if not isinstance(request["id"], str) or not request["id"].isprintable():  # lone surrogates and NUL are not
-        raise TypeError(f"the id cannot be stored: {request['id']!r:.80}")
-    if not isinstance(get("retries"), int | None):
+    if not isinstance(args, _LIST) or not isinstance(kwargs, dict):
+        raise TypeError("the arguments are no list and mapping")
+    task_id, retries, limits, stamped = request["id"], get("retries"), get("timelimit"), get("stamped_headers")
+    if not isinstance(task_id, str) or not task_id.isprintable():  # lone surrogates and NUL are not
+        raise TypeError(f"the id cannot be stored: {task_id!r:.80}")
+    if retries is not None and not isinstance(retries, int):
         raise TypeError("the number of retries is no number")
+    if stamped is not None and not isinstance(stamped, _LIST):
+        raise TypeError("the stamped headers are no list")
     for name in _TEXTS:
-        if not isinstance(get(name), str | None):
-            raise TypeError(f"{name} is a {type(get(name)).__name__}")
+        text = get(name)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}")
+    for limit in limits or ():
+        if limit is not None and not isinstance(limit, _NUMBER):
+            raise TypeError(f"a time limit is a {type(limit).__name__}")
     if not _METHODS.isdisjoint(request):
         raise ValueError(f"it has headers that would hide methods: {', '.join(_METHODS.intersection(request))}")
-    for limit in get("timelimit") or ():
-        if not isinstance(limit, int | float | None):
-            raise TypeError(f"a time limit is a {type(limit).__name__}")
-    if not isinstance(get("stamped_headers"), list | tuple | None):
-        raise TypeError("the stamped headers are no list")
-    for name, value in (embedded or {}).items():
-        if name not in _EMBEDDED:
-            raise ValueError(f"its body has {name!r}")
-        if value is not None and not all(isinstance(part, dict) for part in ([value] if name == "chord" else value)):
+    if embedded is not None:
+        _check_embedded(embedded)
+
+
+def _check_embedded(embedded: dict[str, Any]) -> None:
+    if not embedded.keys() <= _EMBEDDED:
+        raise ValueError(f"its body has {', '.join(map(repr, embedded.keys() - _EMBEDDED))}")
+    for name, value in embedded.items():
+        if value and not all(isinstance(part, dict) for part in ([value] if name == "chord" else value)):
             raise TypeError(f"{name} holds what is no signature")
 
 

@@ -29,6 +29,7 @@ from .propagation import (
     outgoing_envelope,
     outgoing_tenant,
     renew,
+    running_state,
     with_context,
 )
 from .retry import DEFAULT, RetryLater, RetryPolicy
@@ -66,10 +67,12 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body; called by a worker, the context is afterwards what it was before, whatever the body set."""
-        request = self.request
-        if _is_plain_call(request):
-            return self._call_directly(args, kwargs)
-        state = begin(self, request)
+        state = running_state(self)
+        if state is None:
+            request = self.request
+            if _is_plain_call(request):
+                return self._call_directly(args, kwargs)
+            state = begin(self, request)
         if isinstance(state.refusal, SignatureError):
             raise state.refusal
         return self._run_body(state, args, kwargs)
@@ -239,15 +242,16 @@ class BaseTask(ContextTask):
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body: in a worker under the retry policy, elsewhere as the plain function it is."""
-        request = self.request
-        if _is_plain_call(request):
-            # Ids among the arguments may only contradict the active tenant here.
-            with exactly(outgoing_tenant(None, self, kwargs if current_tenant() else None)):
-                self._refuse_without(current_tenant())
-                return super().__call__(*args, **kwargs)
-        if state_of(request) is None:  # an application that is not configured keeps none
+        state = running_state(self)
+        if state is None:
+            request = self.request
+            if _is_plain_call(request):
+                # Ids among the arguments may only contradict the active tenant here.
+                with exactly(outgoing_tenant(None, self, kwargs if current_tenant() else None)):
+                    self._refuse_without(current_tenant())
+                    return super().__call__(*args, **kwargs)
             self._refuse_unconfigured()
-        state = begin(self, request)
+            state = begin(self, request)
         if state.refusal is not None:
             raise state.refusal
         if state.tenant is None:

@@ -236,7 +236,8 @@ class Activation:
         for var, value, _ in self._set:
             if var.get(MISSING) is not value:
                 var.set(value)
-        self._hide_unset()
+        if self._unset:
+            self._hide_unset()
 
     def _hide_unset(self) -> None:
         for registered in self._unset:
@@ -248,8 +249,9 @@ class Activation:
         """Bring back what was set before, in reverse order; calling it again changes nothing."""
         if not self._set:
             return
-        self._hide_unset()
-        self._unset.clear()
+        if self._unset:
+            self._hide_unset()
+            self._unset.clear()
         while self._set:
             var, _, token = self._set.pop()
             var.reset(token)

@@ -12,6 +12,7 @@ from celery.app.defaults import SETTING_KEYS
 
 from . import logs, propagation
 from .errors import ConfigurationError
+from .guard import Guard
 from .sessions import TenantSessions, sessions_of, use_sessions
 from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
@@ -136,6 +137,7 @@ def configure(
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
     propagation.install(app, signer)
+    app.steps["consumer"].add(Guard)
     logs.install()
     _configured[app] = wanted
 
@@ -155,6 +157,7 @@ def unconfigure(app: Celery) -> None:
             _celerys_defaults(app)[key] = value
     app.backend_cls = None
     propagation.uninstall(app)
+    app.steps["consumer"].discard(Guard)
     use_sessions(app, None)
     if not _configured:
         logs.uninstall()

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from celery.signals import task_postrun, task_prerun, worker_init, worker_ready
-from celery.utils.imports import symbol_by_name
+from celery.signals import task_postrun, task_prerun, worker_init
 from kombu.utils.uuid import uuid
 
 from .canvas import COMPOSITES, Carry, bound_options, parts
@@ -95,13 +94,15 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         countdown: Any = None,
         eta: Any = None,
         task_id: str | None = None,
+        producer: Any = None,
+        connection: Any = None,
         *more: Any,
         **options: Any,
     ) -> Any:
         require_broker()
         headers = options.get("headers")
         task = options.get("task_type") or app.tasks.get(name)
-        task_id = task_id or uuid()
+        task_id = str(task_id or uuid())
         envelope = outgoing_envelope(headers, task, kwargs)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
@@ -120,18 +121,19 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         send_task = own or functools.partial(type(app).send_task, app)
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
         with (
-            _NOTHING if signer is None else _signed(app, signer, options),
+            _NOTHING if signer is None else _signing(app, signer, producer, connection) as signing,
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
             recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else _NOTHING,
         ):
-            return send_task(name, args, kwargs, countdown, eta, task_id, *more, **options)
+            if signing is not None:
+                producer, connection = signing, None  # with a connection, Celery would make another producer
+            return send_task(name, args, kwargs, countdown, eta, task_id, producer, connection, *more, **options)
 
     # On the instance, so that other applications in the process are untouched.
     app.send_task = send_task_with_context  # type: ignore[method-assign]
     task_prerun.connect(_enter, weak=False, dispatch_uid=f"{_UID}.enter")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
     worker_init.connect(_begin_to_work, weak=False, dispatch_uid=f"{_UID}.begin")
-    worker_ready.connect(_ready, weak=False, dispatch_uid=f"{_UID}.ready")
     _apps[app] = signer
 
 
@@ -144,7 +146,6 @@ def uninstall(app: Celery) -> None:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
         worker_init.disconnect(dispatch_uid=f"{_UID}.begin")
-        worker_ready.disconnect(dispatch_uid=f"{_UID}.ready")
 
 
 def is_installed(app: Celery) -> bool:
@@ -219,13 +220,11 @@ def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[
 
 
 @contextmanager
-def _signed(app: Celery, signer: Signer, options: dict[str, Any]) -> Iterator[None]:
-    """Let the launch with these options publish by a producer that signs."""
-    connection = options.pop("connection", None)  # with one, Celery would make another producer
-    given = app.amqp.Producer(connection, auto_declare=False) if connection else options.get("producer")
-    with app.producer_or_acquire(given) as producer:
-        options["producer"] = SigningProducer(producer, signer)
-        yield
+def _signing(app: Celery, signer: Signer, producer: Any, connection: Any) -> Iterator[SigningProducer]:
+    """A producer that signs, in place of the one that Celery would publish by."""
+    given = app.amqp.Producer(connection, auto_declare=False) if connection else producer
+    with app.producer_or_acquire(given) as found:
+        yield SigningProducer(found, signer)
 
 
 def carrier(envelope: Envelope, more: Mapping[str, Any] | None = None) -> Carry:
@@ -476,36 +475,8 @@ def _leave(sender: Task[Any, Any], **_: Any) -> None:
         _undo(state_of(sender.request))
 
 
-def _begin_to_work(sender: Any, **_: Any) -> None:
+def _begin_to_work(**_: Any) -> None:
     """worker_init, when the application's modules have been imported."""
     # After all other receivers, so that they see the tenant, too.
     task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
-    if _apps.get(sender.app) is not None:
-        _refuse_blind_tasks(sender.app)
-
-
-def _ready(sender: Any, **_: Any) -> None:
-    """worker_ready: by gossip, which nobody signs, a worker could be made to publish what it is told, and sign it."""
-    gossip = getattr(sender, "gossip", None)
-    if gossip is not None and _apps.get(sender.app) is not None:
-        gossip.election_handlers.clear()
-
-
-def _refuse_blind_tasks(app: Celery) -> None:
-    """Check that the messages of all tasks of an application are looked at.
-
-    Raises:
-        SystemExit: those of one are not.  (Celery swallows all other exceptions of receivers.)
-    """
-    app.finalize()
-    blind = sorted(
-        name
-        for name, task in app.tasks.items()
-        if not getattr(symbol_by_name(task.Request), "checks_signatures", False)
-    )
-    if blind:
-        raise SystemExit(
-            f"application {app.main!r} has signing_keys, but its tasks {', '.join(blind)} do not check signatures: let "
-            "them inherit from rhesis_tasks.BaseTask first, and have no Request of their own"
-        )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, TimeLimitExceeded
 from celery.worker import request as worker_request
 from celery.worker import state
@@ -48,9 +47,12 @@ class ContextRequest(_Request):  # type: ignore[misc]
         app = options["app"]
         signer = signer_of(app)
         try:
-            if signer is not None and not signer.accepts(message):
-                headers = _instead_of(options.get("headers") or message.headers, app)
-                options |= {"headers": headers, "body": ((), {}, {}), "decoded": True}
+            if signer is not None:
+                headers = signer.signed_headers(message)
+                if headers is None:
+                    headers = _instead_of(options.get("headers") or message.headers, app)
+                    options |= {"body": ((), {}, {}), "decoded": True}
+                options["headers"] = headers
             super().__init__(message, *args, **options)
             _check_form(self._request_dict, self._payload)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
@@ -121,9 +123,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
         self.task.after_return(states.FAILURE, error, self.id, self.args, self.kwargs, exc_info)
 
 
-# What else a message may bring along would replace what Celery has set, or a method, on the request.
+# What else a message may bring along would replace what Celery has set on the request.
 _EMBEDDED: Final = frozenset({"callbacks", "chain", "chord", "errbacks"})
-_METHODS: Final = frozenset(name for name in dir(Context) if callable(getattr(Context, name)))
 _TEXTS: Final = ("root_id", "parent_id", "group", "shadow")
 _LIST: Final = (list, tuple)
 _NUMBER: Final = (int, float)
@@ -139,8 +140,9 @@ def _check_form(request: Mapping[str, Any], body: Any) -> None:
     if not isinstance(args, _LIST) or not isinstance(kwargs, dict):
         raise TypeError("the arguments are no list and mapping")
     task_id, retries, limits, stamped = request["id"], get("retries"), get("timelimit"), get("stamped_headers")
-    if not isinstance(task_id, str) or not task_id.isprintable():  # lone surrogates and NUL are not
+    if not isinstance(task_id, str) or "\0" in task_id:
         raise TypeError(f"the id cannot be stored: {task_id!r:.80}")
+    task_id.encode()  # raises ValueError for a lone surrogate, which cannot be stored either
     if retries is not None and not isinstance(retries, int):
         raise TypeError("the number of retries is no number")
     if stamped is not None and not isinstance(stamped, _LIST):
@@ -152,8 +154,8 @@ def _check_form(request: Mapping[str, Any], body: Any) -> None:
     for limit in limits or ():
         if limit is not None and not isinstance(limit, _NUMBER):
             raise TypeError(f"a time limit is a {type(limit).__name__}")
-    if not _METHODS.isdisjoint(request):
-        raise ValueError(f"it has headers that would hide methods: {', '.join(_METHODS.intersection(request))}")
+    if "get" in request:
+        raise ValueError("it has a header named 'get', which would hide the method")
     if embedded is not None:
         _check_embedded(embedded)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kombu.serialization import dumps
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, TaskArgumentsError
 from .headers import HEADER
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Signer", "SigningProducer"]
 
 _SIGNATURE: Final = "sig"  # where the context header has it
+_SIGNED: Final = "signed"  # the names of the other headers that are signed
 _MIN_BYTES: Final = 16
 _PROPERTIES: Final = ("content_type", "content_encoding", "correlation_id", "reply_to")
-# Headers that others put in on the way, after us.  None of them is anything to Celery.
-_PASSING: Final = frozenset({"baggage", "compression", "newrelic", "traceparent", "tracestate"})
 
 
 class Signer:
@@ -67,20 +66,35 @@ class Signer:
             headers: with the context.
             body: as it is sent, but for its compression.
             **properties: what else is signed: its type, encoding, correlation id and where to reply.
-        """
-        signature = _digest(self._keys[0], _said(headers, body, properties))
-        return {**headers, HEADER: {**headers[HEADER], _SIGNATURE: signature}}
 
-    def accepts(self, message: Message) -> bool:
-        """Whether somebody with one of the keys published this message, as it is."""
-        headers: Any = message.headers
+        Raises:
+            TaskArgumentsError: a header has a value that some broker changes on the way.
+        """
+        try:
+            # As it comes out of a broker: lists for tuples, names that are all text.
+            sent: dict[str, Any] = json.loads(json.dumps(headers))
+        except (TypeError, ValueError) as error:
+            raise TaskArgumentsError(
+                f"the headers of a signed message hold text, numbers, bool, None, lists and mappings: {error}"
+            ) from None
+        context = sent[HEADER] = {**sent[HEADER], _SIGNED: sorted(name for name in sent if name != HEADER)}
+        context[_SIGNATURE] = _digest(self._keys[0], _said(sent, body, properties))
+        return sent
+
+    def signed_headers(self, message: Message) -> dict[str, Any] | None:
+        """The headers of a message that somebody with one of the keys published, as it is; None if nobody did.
+
+        Those that are signed: brokers, and libraries that trace messages, add others on the way.
+        """
+        received: Any = message.headers
         body: Any = message.body
         properties: Any = message.properties
         try:
-            header = dict(headers[HEADER])
-            given = header.pop(_SIGNATURE).encode("utf-8", "replace")
+            context = dict(received[HEADER])
+            given = context.pop(_SIGNATURE).encode("utf-8", "replace")
+            headers = {name: received[name] for name in context[_SIGNED]} | {HEADER: context}
             said = _said(
-                {**headers, HEADER: header},
+                headers,
                 body.encode() if isinstance(body, str) else body,
                 {
                     "content_type": message.content_type,
@@ -90,9 +104,14 @@ class Signer:
                 },
             )
         except Exception:  # whatever somebody has put there: nobody signs such a thing
-            return False
+            return None
         # All keys are tried, whichever fits, so that the time does not tell which.
-        return any([hmac.compare_digest(_digest(key, said).encode(), given) for key in self._keys])  # noqa: C419
+        fits = any([hmac.compare_digest(_digest(key, said).encode(), given) for key in self._keys])  # noqa: C419
+        return headers if fits else None
+
+    def accepts(self, message: Message) -> bool:
+        """Whether somebody with one of the keys published this message, as it is."""
+        return self.signed_headers(message) is not None
 
 
 class SigningProducer:
@@ -130,10 +149,8 @@ def _key(key: str | bytes) -> bytes:
 
 
 def _said(headers: Mapping[str, Any], body: bytes, properties: Mapping[str, Any]) -> bytes:
-    ours = {name: value for name, value in headers.items() if name not in _PASSING and not name.startswith("x-")}
-    # To and fro once, so that it is what comes out of a broker: lists for tuples, names that are all text.
-    said = json.loads(json.dumps([ours, properties], default=str))
-    return json.dumps(["rhesis_tasks", 1, *said, hashlib.sha256(body).hexdigest()], sort_keys=True).encode()
+    said = ["rhesis_tasks", 1, headers, properties, hashlib.sha256(body).hexdigest()]
+    return json.dumps(said, sort_keys=True).encode()
 
 
 def _digest(key: bytes, said: bytes) -> str:

@@ -95,6 +95,8 @@ MESSAGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "a header that hides a method": ("note", BODY, {"get": 1}),
     "an ETA that cannot be": ("note", [[], {}, {"errbacks": [EVIL]}], {"eta": NEVER}),
     "an ETA that cannot be, and garbage": ("note", [[], {}, {"errbacks": 5}], {"eta": NEVER}),
+    "a task that is a list": ("note", BODY, {"task": ["note"]}),
+    "an unknown task": ("unknown", BODY, BLANK),
     "delivery": ("note", [[], {}, {"delivery_info": "x", "errbacks": [EVIL]}], BLANK),
     "error callbacks that are none": ("fails", [[], {}, {"errbacks": [5]}], BLANK),
     "a chain of numbers": ("fails", [[], {}, {"chain": [5]}], BLANK),

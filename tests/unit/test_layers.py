@@ -18,7 +18,7 @@ LAYERS = [
     {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "otel"},
-    {"request", "task", "launch", "app"},
+    {"request", "guard", "task", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,12 +7,13 @@ import json
 import logging
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from celery import Celery, Task, chain, chord, group
-from celery.signals import worker_init, worker_ready
 from hypothesis import given
 from hypothesis import strategies as st
 from kombu.message import Message
@@ -26,7 +27,8 @@ from rhesis_tasks import (
     launch_with_context,
     tenant_scope,
 )
-from rhesis_tasks.errors import SignatureError, TaskDefinitionError
+from rhesis_tasks.errors import SignatureError, TaskArgumentsError, TaskDefinitionError
+from rhesis_tasks.guard import Guard, refuse_to_start
 from rhesis_tasks.headers import HEADER, Envelope, encode
 from rhesis_tasks.signing import Signer
 
@@ -219,7 +221,6 @@ def test_a_message_that_is_sent_again_as_it_was_is_believed(
 ) -> None:
     letter = intercepted(app, lambda: task(app, "note").delay(1))
     letter.send(stranger)
-    letter.headers |= {"traceparent": "00-1-1-01", "x-death": []}
     letter.send(stranger, compression="gzip")
     work_off(app)
 
@@ -237,19 +238,14 @@ CHANGES: dict[str, Callable[[Letter, Celery], Any]] = {
     "no text": lambda letter, _: letter.context.update(sig=7),
     "signature of a stranger": lambda letter, _: letter.context.update(sig="0" * 64),
     "garbage": lambda letter, _: letter.headers.update({HEADER: "garbage"}),
-    "too deep": lambda letter, _: letter.headers.update(deep=nested(2_000)),
     "another tenant": lambda letter, _: letter.context.update(organization_id="globex"),
     "another user": lambda letter, _: letter.context.update(user_id="gus"),
     "a variable more": lambda letter, _: letter.context.update(vars={"locale": "de"}),
     "a newer version": lambda letter, _: letter.context.update(v=2),
     "another task": lambda letter, _: letter.headers.update(task="relay"),
     "another id": lambda letter, _: letter.headers.update(id="other"),
-    "flat headers": lambda letter, _: letter.headers.update(organization_id="globex"),
-    "nested headers": lambda letter, _: letter.headers.update(headers={"organization_id": "globex"}),
-    "a state of ours": lambda letter, _: letter.headers.update(rhesis_tasks_state={"is_running": True}),
     "expiry": lambda letter, _: letter.headers.update(expires="2020-01-01T00:00:00+00:00"),
     "an ETA that cannot be": lambda letter, _: letter.headers.update(eta="0001-01-01T00:00:00+14:00"),
-    "a chain in the headers": lambda letter, app: letter.headers.update(chain=[evil(app)]),
     "stamps": lambda letter, app: letter.headers.update(stamped_headers=["link"], stamps={"link": [evil(app)]}),
     "other arguments": lambda letter, _: letter.body[0].append(2),
     "other keywords": lambda letter, _: letter.body[1].update(organization_id="acme"),
@@ -296,6 +292,50 @@ def test_what_nobody_with_a_key_sent_never_runs(
     assert letter.headers["task"] in record.getMessage()
     for secret in (OLD, NEW.decode(), "'sig'"):
         assert secret not in caplog.text + str(result.result)
+
+
+ADDITIONS: dict[str, Callable[[Letter, Celery], Any]] = {
+    "too deep": lambda letter, _: letter.headers.update(deep=nested(2_000)),
+    "flat headers": lambda letter, _: letter.headers.update(organization_id="globex"),
+    "nested headers": lambda letter, _: letter.headers.update(headers={"organization_id": "globex"}),
+    "a state of ours": lambda letter, _: letter.headers.update(rhesis_tasks_state={"is_running": True}),
+    "a chain in the headers": lambda letter, app: letter.headers.update(chain=[evil(app)]),
+    "a name that hides a method": lambda letter, _: letter.headers.update(get=1),
+    "what Redis adds": lambda letter, _: letter.headers.update(redelivered=True),
+    "a trace": lambda letter, _: letter.headers.update(traceparent="00-1-1-01"),
+}
+
+
+@pytest.mark.parametrize("addition", ADDITIONS.values(), ids=ADDITIONS)
+def test_headers_that_are_added_on_the_way_are_nothing_to_the_task(
+    app: Celery,
+    stranger: Celery,
+    intercepted: Any,
+    addition: Callable[[Letter, Celery], Any],
+    work_off: Any,
+    seen: Seen,
+) -> None:
+    letter = intercepted(app, lambda: task(app, "note").delay(1))
+    addition(letter, stranger)
+    letter.send(stranger)
+
+    assert work_off(app) == ["note"]
+    assert seen == ["acme"]
+    assert app.AsyncResult(letter.headers["id"]).state == "SUCCESS"
+
+
+def test_headers_that_a_broker_may_change_are_refused_where_they_are_given(app: Celery) -> None:
+    with tenant_scope(ACME), pytest.raises(TaskArgumentsError, match="text, numbers, bool, None, lists and mappings"):
+        task(app, "note").apply_async(headers={"price": Decimal("1.50")})
+
+
+def test_ids_that_are_no_text_are_made_text(app: Celery, work_off: Any, seen: Seen) -> None:
+    with tenant_scope(ACME):
+        result = task(app, "note").apply_async(task_id=UUID(int=7), headers={1: "a"})
+    work_off(app)
+
+    assert seen == ["acme"]
+    assert result.id == str(UUID(int=7))
 
 
 @pytest.mark.parametrize("keys", [(), (FOREIGN,)], ids=["no key", "a key of its own"])
@@ -366,13 +406,6 @@ def test_a_connection_or_producer_of_the_callers_own_signs_too(app: Celery, work
     assert seen == ["acme"] * 3
 
 
-class Starting:
-    """What Celery sends worker_init with."""
-
-    def __init__(self, app: Celery) -> None:
-        self.app = app
-
-
 class Foreign(Task):  # type: ignore[type-arg]
     """A task class of somebody who does not know us."""
 
@@ -389,24 +422,67 @@ class OwnRequest(BaseTask):
     Request = "celery.worker.request:Request"
 
 
-@pytest.mark.parametrize("base", [Foreign, OwnRequest])
+class OwnStrategy(BaseTask):
+    """A task class that deals with messages in its own way."""
+
+    abstract = True
+    Strategy = "somewhere:strategy"
+
+
+@pytest.mark.parametrize("base", [Foreign, OwnRequest, OwnStrategy])
 def test_a_worker_with_tasks_that_check_nothing_does_not_start(app: Celery, base: Any) -> None:
     app.task(base=base, name="blind")(lambda_free)
 
     with pytest.raises(SystemExit, match="its tasks blind do not check signatures"):
-        worker_init.send(sender=Starting(app))
+        refuse_to_start(app)
+
+
+def test_a_worker_that_accepts_pickle_does_not_start(app: Celery) -> None:
+    app.conf.accept_content = ["json", "pickle"]
+
+    with pytest.raises(SystemExit, match="accepts pickle"):
+        refuse_to_start(app)
+
+
+class Consumer:
+    """As much of Celery's as a step of its blueprint sees."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+        self.gossip = SimpleNamespace(election_handlers={"task": lambda_free})
+        self.strategies = app.tasks
+        self.connection_errors = ()
+        self.handled: list[Any] = []
+
+    def create_task_handler(self) -> Any:
+        return self.handled.append
 
 
 def test_a_worker_does_not_publish_what_gossip_tells_it_to(app: Celery) -> None:
-    class Consumer:
-        def __init__(self) -> None:
-            self.app = app
-            self.gossip = SimpleNamespace(election_handlers={"task": lambda_free})
-
-    consumer = Consumer()
-    worker_ready.send(sender=consumer)
+    consumer = Consumer(app)
+    Guard(consumer).start(consumer)
 
     assert consumer.gossip.election_handlers == {}
+
+
+def test_an_unknown_task_has_to_be_signed_before_its_failure_is_stored(
+    app: Celery, intercepted: Any, stranger: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = Consumer(app)
+    Guard(consumer)
+    handle = consumer.create_task_handler()
+    messages = []
+    for sender in (stranger, app):
+        with tenant_scope(ACME):
+            sender.send_task("unknown")
+        with app.connection_for_read() as connection:
+            queue = app.amqp.queues[app.conf.task_default_queue].bind(connection.default_channel)
+            messages.append(queue.get(no_ack=True))
+            messages[-1].reject_log_error = lambda *_: None
+            handle(messages[-1])
+
+    assert consumer.handled == [messages[1]]
+    assert "'unknown', which is not known, is not signed: it is discarded" in caplog.text
 
 
 def lambda_free() -> None: ...

@@ -1,0 +1,87 @@
+"""What a worker looks at before Celery looks for a message's task; and, where context is signed, before it starts.
+
+A step of the consumer's, added to the application's blueprint.  What becomes of the message of a task that is known is
+:mod:`rhesis_tasks.request`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from celery import Task, bootsteps
+from celery.utils.imports import symbol_by_name
+from typing_extensions import override
+
+from .propagation import signer_of
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from kombu.message import Message
+
+__all__ = ["Guard", "refuse_to_start"]
+
+_log = logging.getLogger(__name__)
+_security = logging.getLogger("rhesis_tasks.security")
+_PICKLE: Final = frozenset({"pickle", "application/x-python-serialize"})
+
+
+class Guard(bootsteps.StartStopStep):
+    """Discards what Celery would stumble over, and what nobody has signed for a task that is not known here."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    @override
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        create_handler = parent.create_task_handler
+        parent.create_task_handler = lambda: self._guarded(parent, create_handler())
+
+    @override
+    def start(self, parent: Any) -> None:
+        if signer_of(parent.app) is not None:
+            refuse_to_start(parent.app)
+            if getattr(parent, "gossip", None) is not None:
+                # By gossip, which nobody signs, a worker could be told to publish something, and would sign it.
+                parent.gossip.election_handlers.clear()
+
+    def _guarded(self, parent: Any, handle: Callable[[Message], Any]) -> Callable[[Message], Any]:
+        signer = signer_of(parent.app)
+
+        def on_task_received(message: Message) -> Any:
+            headers: Any = message.headers or {}
+            name: object = headers.get("task", "")
+            if not isinstance(name, str):
+                _log.error("a message whose task is a %s is discarded", type(name).__name__)
+            elif signer is not None and name not in parent.strategies and not signer.accepts(message):
+                _security.warning("a message of task %.200r, which is not known, is not signed: it is discarded", name)
+            else:
+                return handle(message)
+            return message.reject_log_error(_log, parent.connection_errors)
+
+        return on_task_received
+
+
+def refuse_to_start(app: Celery) -> None:
+    """Check that nothing runs that nobody has signed, where context is signed.
+
+    Raises:
+        SystemExit: a task does not look at its messages, or pickle is accepted.
+    """
+    app.finalize()
+    blind = sorted(name for name, task in app.tasks.items() if not _looks(task))
+    if blind:
+        raise SystemExit(
+            f"application {app.main!r} has signing_keys, but its tasks {', '.join(blind)} do not check signatures: let "
+            "them inherit from rhesis_tasks.BaseTask first, and have no Request and no Strategy of their own"
+        )
+    if _PICKLE & set(app.conf.accept_content):
+        raise SystemExit(
+            f"application {app.main!r} has signing_keys, and accepts pickle: a message runs code before anybody can "
+            "look at its signature.  Take it out of accept_content"
+        )
+
+
+def _looks(task: Any) -> bool:
+    return getattr(symbol_by_name(task.Request), "checks_signatures", False) and task.Strategy == Task.Strategy

@@ -32,7 +32,7 @@ class Rig:
     secrets: Path
     is_signed: bool
 
-    def send(self, task: str, body: Any, **headers: Any) -> None:
+    def send(self, task: str, body: Any, /, **headers: Any) -> None:
         """Publish as somebody who can write to the broker and knows nothing else."""
         app = self.tasks.app
         with app.connection_for_write() as connection:

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from applications import HERE, application
 from celery import chain, chord, group
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 
 from rhesis_tasks import TenantContext, tenant_scope
 from rhesis_tasks.processes import wait_until
+from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import running_worker
 
 ACME = TenantContext("acme", "ann")
@@ -47,18 +50,18 @@ class Rig:
 
 
 @pytest.fixture(scope="module", params=["signed", "unsigned"])
-def launcher(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[tuple[Any, str, str]]:
+def launcher(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[tuple[Any, str, str, Any]]:
     key = "a key of at least 16 bytes" if request.param == "signed" else ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGNING_KEY", key)
         with application(postgres_url, "signed_tasks") as (tasks, database):
-            yield tasks, database.url, key
+            yield tasks, database.url, key, database
         del sys.modules["signed_tasks"]  # to be configured otherwise
 
 
 @pytest.fixture(scope="module", params=["solo", "threads", "prefork"])
 def rig(request: pytest.FixtureRequest, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    tasks, url, key = launcher
+    tasks, url, key, _ = launcher
     secrets = tmp_path_factory.mktemp("secrets") / "seen"
     secrets.touch()
     env = {"DATABASE_URL": url, "SIGNING_KEY": key, "SECRETS": str(secrets)}
@@ -113,6 +116,26 @@ def test_a_worker_goes_on_after_a_message_that_no_celery_publishes(
     assert rig.run(rig.tasks.note.si()) == "acme"
     assert rig.worker.running
     assert rig.secrets.read_text() == "" or not rig.is_signed
+
+
+def test_a_refusal_takes_the_place_of_no_record(rig: Rig, launcher: Any) -> None:
+    if not rig.is_signed:
+        pytest.skip("for workers that have a key")
+    engine = create_engine(database_url(launcher[3].owner_url), poolclass=NullPool)
+
+    def error_of(task_id: str) -> Any:
+        with engine.connect() as connection:
+            found = "SELECT error_type FROM rhesis_tasks.task_record WHERE task_id = :id AND finished_at IS NOT NULL"
+            return connection.scalar(text(found), {"id": task_id})
+
+    task_id = rig.tasks.fails.delay().id
+    wait_until("the failure", lambda: error_of(task_id))
+    before = rig.worker.output.count("it is refused")
+    rig.send("fails", [[], {}, {}], id=task_id)
+    wait_until("the refusal", lambda: rig.worker.output.count("it is refused") > before)
+
+    assert rig.run(rig.tasks.note.si()) == "acme"
+    assert error_of(task_id) == "ValueError"
 
 
 def test_what_nobody_has_signed_is_refused(rig: Rig) -> None:

@@ -370,15 +370,15 @@ def test_content_is_not_read_another_way(
 def test_a_refusal_takes_the_place_of_no_result(
     app: Celery, stranger: Celery, intercepted: Any, work_off: Any, seen: Seen
 ) -> None:
-    letter = intercepted(app, lambda: task(app, "note").delay(1))
+    letter = intercepted(app, lambda: task(app, "fails").delay(1))
     letter.send(stranger)
     work_off(app)
     letter.context.update(organization_id="globex")
     letter.send(stranger)
     work_off(app)
 
-    assert seen == ["acme"]
-    assert app.AsyncResult(letter.headers["id"]).state == "SUCCESS"
+    assert seen == ["fails"]
+    assert isinstance(app.AsyncResult(letter.headers["id"]).result, ValueError)
 
 
 def test_a_forged_message_revokes_nothing(

@@ -191,3 +191,16 @@ def test_the_headers_of_a_context_launch_for_it(app: Celery, work_off: Callable[
     assert seen == [ACME, GLOBEX]
     with pytest.raises(InvalidTenantError):
         context_headers("acme")  # type: ignore[arg-type]
+
+
+def test_a_function_that_returns_what_runs_later_is_refused_when_it_is_called() -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Iterator[None]:
+        yield
+
+    pending = coroutine()
+    for returned in (pending, generator()):
+        with pytest.raises(TaskDefinitionError, match="returned what runs later"):
+            wrap(lambda returned=returned: returned)()
+    pending.close()

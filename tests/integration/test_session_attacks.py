@@ -1,0 +1,780 @@
+"""Ways to lose or to swap a session's tenant.  Each test shows one that works, and then that ours withstands it.
+
+Where nothing withstands it the test says so: it is then a limit, and no promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import textwrap
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from servers import ON_BOTH_SERVERS
+from sqlalchemy import Connection, Engine, ForeignKey, Uuid, create_engine, event, select, text
+from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+
+from rhesis_tasks import TenantContext, TenantSessions, binding, tenant_scope
+from rhesis_tasks import sessions as sessions_module
+from rhesis_tasks.errors import TenantConflictError, TenantSessionError, UnsafeConnectionError
+from rhesis_tasks.processes import child, python
+from rhesis_tasks.rls import ORGANIZATION_SETTING
+from rhesis_tasks.sessions import TenantSession
+from rhesis_tasks.settings import database_url, quote_identifier
+
+if TYPE_CHECKING:
+    from conftest import Notes
+
+pytestmark = ON_BOTH_SERVERS
+
+SEEN = text("SELECT body FROM note ORDER BY body")
+PID = text("SELECT pg_backend_pid()")
+SEND = text(f"SELECT set_config('{ORGANIZATION_SETTING}', :organization_id, true)")
+ALL = ["a1", "a2", "a3", "g1", "g2"]
+
+BothWays = pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+
+
+# --- what others do, to be attacked ------------------------------------------------------------------------------
+
+
+def send(connection: Any, tenant: TenantContext) -> None:
+    """What a session does that checks nothing."""
+    connection.execute(SEND, {"organization_id": tenant.organization_id})
+
+
+def plain_session(engine: Engine | Connection, tenant: TenantContext, **options: Any) -> Session:
+    """A Session that sends the tenant when a transaction begins, and checks nothing."""
+    session = Session(engine, **options)
+    session.info["tenant"] = tenant
+    event.listen(session, "after_begin", lambda db, _, connection: send(connection, db.info["tenant"]))
+    return session
+
+
+@pytest.fixture
+def sent_for_the_connection(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets tenant sessions send the tenant as SET does, not as SET LOCAL, from the call on."""
+
+    def change() -> None:
+        ours = binding._statement
+        monkeypatch.setattr(binding, "_statement", lambda names: text(ours(names).text.replace("true)", "false)")))
+
+    return change
+
+
+@pytest.fixture
+def with_engine(notes: Notes) -> Iterator[Callable[..., Engine]]:
+    """Makes engines of the application's login with a single connection."""
+    made: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        single = {} if "poolclass" in options else {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+        made.append(create_engine(database_url(notes.url), **{**single, **options}))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.dispose()
+
+
+@pytest.fixture
+def bypassing(notes: Notes, superuser: Engine) -> Iterator[str]:
+    """A role with BYPASSRLS that the application's login is a member of, quoted."""
+    role = quote_identifier(f"{notes.database.role}_bypass")
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role} BYPASSRLS")
+        connection.exec_driver_sql(f"GRANT SELECT ON note TO {role}")
+        connection.exec_driver_sql(f"GRANT {role} TO {quote_identifier(notes.database.role)}")
+    yield role
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+        connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+@contextmanager
+def pooled(sessions: TenantSessions) -> Iterator[Connection]:
+    """The pool's connection, as code without a tenant gets it."""
+    with sessions.engine.connect() as connection:
+        yield connection
+
+
+# --- a refusal that is swallowed ---------------------------------------------------------------------------------
+
+
+def test_a_swallowed_refusal_would_let_a_superuser_see_all_rows(
+    notes: Notes, superuser: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_a_swallowed_refusal() -> list[str]:
+        with TenantSessions(superuser)(notes.acme) as db:
+            with pytest.raises(UnsafeConnectionError):
+                notes.seen(db)
+            return notes.seen(db)
+
+    with monkeypatch.context() as without:
+        without.setattr(Connection, "invalidate", lambda *_: None)
+        assert after_a_swallowed_refusal() == ALL
+
+    with pytest.raises(PendingRollbackError):
+        after_a_swallowed_refusal()
+
+
+@BothWays
+def test_a_swallowed_refusal_leaves_no_usable_connection_asynchronously_either(
+    notes: Notes, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def after_a_swallowed_refusal(sessions: TenantSessions) -> list[str]:
+        with monkeypatch.context() as failing:
+            failing.setattr(binding, "_send", lambda *_: 1 / 0)
+            async with sessions.async_session(notes.acme) as db:
+                with pytest.raises(ZeroDivisionError):
+                    await seen(db)
+                return await seen(db)
+
+    with monkeypatch.context() as without:
+        without.setattr(Connection, "invalidate", lambda *_: None)
+        assert asynchronously(notes, driver, after_a_swallowed_refusal) == [], "it ran, without a tenant"
+
+    with pytest.raises(PendingRollbackError):
+        asynchronously(notes, driver, after_a_swallowed_refusal)
+
+
+# --- autocommit --------------------------------------------------------------------------------------------------
+
+
+def _engine_level(make: Callable[..., Engine]) -> Engine:
+    return make(isolation_level="AUTOCOMMIT")
+
+
+def _execution_option(make: Callable[..., Engine]) -> Engine:
+    return make().execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _connect_listener(make: Callable[..., Engine]) -> Engine:
+    engine = make()
+    event.listen(engine, "connect", lambda dbapi_connection, _: setattr(dbapi_connection, "autocommit", True))
+    return engine
+
+
+def _left_by_other_code(make: Callable[..., Engine]) -> Engine:
+    engine = make()
+    raw = engine.raw_connection()
+    raw.dbapi_connection.autocommit = True  # type: ignore[union-attr]
+    raw.close()
+    return engine
+
+
+@pytest.mark.parametrize("autocommitting", [_engine_level, _execution_option, _connect_listener, _left_by_other_code])
+def test_autocommit_loses_the_tenant_silently(
+    notes: Notes, with_engine: Callable[..., Engine], autocommitting: Callable[..., Engine]
+) -> None:
+    with plain_session(autocommitting(with_engine), notes.acme) as db:
+        assert notes.seen(db) == []
+
+    with TenantSessions(autocommitting(with_engine))(notes.acme) as db:
+        with pytest.raises(UnsafeConnectionError, match="autocommit"):
+            notes.seen(db)
+        with pytest.raises(PendingRollbackError):
+            notes.seen(db)
+
+
+@BothWays
+def test_autocommit_set_on_the_drivers_connection_in_the_middle_is_refused_from_the_next_transaction_on(
+    notes: Notes, driver: str
+) -> None:
+    async def body(sessions: TenantSessions) -> None:
+        async with sessions.async_session(notes.acme) as db:
+            assert await seen(db) == notes.of(notes.acme)
+            dbapi_connection: Any = (await db.connection()).sync_connection.connection.dbapi_connection
+            with suppress(psycopg.ProgrammingError):  # psycopg refuses it inside of a transaction
+                await db.run_sync(lambda _: setattr(dbapi_connection, "autocommit", True))
+            assert await seen(db) == notes.of(notes.acme)
+            await db.commit()
+            await db.run_sync(lambda _: setattr(dbapi_connection, "autocommit", True))
+
+            with pytest.raises(UnsafeConnectionError, match="autocommit"):
+                await seen(db)
+
+    async def unguarded(sessions: TenantSessions) -> None:
+        async with sessions.async_engine().connect() as connection:
+            raw: Any = connection.sync_connection.connection.dbapi_connection  # type: ignore[union-attr]
+            await connection.run_sync(lambda _: setattr(raw, "autocommit", True))
+            await connection.execute(SEND, {"organization_id": notes.acme.organization_id})
+            assert list((await connection.execute(SEEN)).scalars()) == []
+
+    asynchronously(notes, driver, unguarded)
+    asynchronously(notes, driver, body)
+
+
+# --- transactions that end otherwise than the session thinks -----------------------------------------------------
+
+
+def test_a_raw_commit_loses_the_tenant_and_leaves_none(
+    notes: Notes, sessions: TenantSessions, sent_for_the_connection: Callable[[], None]
+) -> None:
+    def commit_by_hand() -> list[str]:
+        with sessions(notes.acme) as db:
+            db.execute(text("COMMIT"))
+            within = notes.seen(db)
+        with pooled(sessions) as untenanted:
+            assert notes.seen(untenanted) == within
+        return within
+
+    assert commit_by_hand() == []
+
+    sent_for_the_connection()
+    assert commit_by_hand() == notes.of(notes.acme), "code without a tenant sees the last one's rows"
+
+
+def test_a_tenant_that_is_sent_once_is_lost_with_the_connection(
+    notes: Notes, sessions: TenantSessions, superuser: Engine
+) -> None:
+    def lose_the_connection(db: Session) -> list[str]:
+        assert notes.seen(db) == notes.of(notes.acme)
+        with superuser.connect() as connection:
+            connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": db.scalar(PID)})
+        with pytest.raises(OperationalError):
+            notes.seen(db)
+        db.rollback()
+        return notes.seen(db)
+
+    with Session(sessions.engine) as db:
+        send(db, notes.acme)
+        assert lose_the_connection(db) == []
+
+    with sessions(notes.acme) as db:
+        assert lose_the_connection(db) == notes.of(notes.acme)
+
+
+def test_a_tenant_that_is_sent_inside_of_a_savepoint_is_lost_with_it(notes: Notes, sessions: TenantSessions) -> None:
+    def roll_back_a_savepoint(db: Session, inside: Callable[[], None]) -> list[str]:
+        with db.begin_nested() as savepoint:
+            inside()
+            assert notes.seen(db) == notes.of(notes.acme)
+            savepoint.rollback()
+        return notes.seen(db)
+
+    with Session(sessions.engine) as db:
+        assert roll_back_a_savepoint(db, lambda: send(db, notes.acme)) == []
+
+    with sessions(notes.acme) as db:
+        assert roll_back_a_savepoint(db, lambda: None) == notes.of(notes.acme)
+
+
+def test_a_savepoint_can_bring_an_earlier_tenant_back(notes: Notes, sessions: TenantSessions) -> None:
+    """Where the tenant of one transaction can be changed; ours cannot."""
+    with Session(sessions.engine) as db:
+        send(db, notes.globex)
+        with db.begin_nested() as savepoint:
+            send(db, notes.acme)
+            savepoint.rollback()
+        assert notes.seen(db) == notes.of(notes.globex)
+
+    with tenant_scope(notes.globex), sessions() as db:
+        notes.seen(db)
+        with db.begin_nested(), tenant_scope(notes.acme), pytest.raises(TenantConflictError):
+            notes.seen(db)
+        assert notes.seen(db) == notes.of(notes.globex)
+
+
+def test_the_begin_event_of_an_engine_misses_two_phase_transactions(
+    notes: Notes, with_engine: Callable[..., Engine]
+) -> None:
+    class TwoPhaseSession(Session):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(twophase=True, **options)
+
+    engine = with_engine()
+    event.listen(engine, "begin", lambda connection: send(connection, notes.acme))
+    with Session(engine) as one_phase:
+        assert notes.seen(one_phase) == notes.of(notes.acme)
+    with TwoPhaseSession(bind=engine) as two_phases:
+        assert notes.seen(two_phases) == []
+
+    sessions = TenantSessions(with_engine(), session_class=TwoPhaseSession)
+    with sessions(notes.globex) as db:
+        assert notes.seen(db) == notes.of(notes.globex)
+        db.rollback()
+        assert notes.seen(db) == notes.of(notes.globex)
+    with pooled(sessions) as untenanted:
+        assert notes.seen(untenanted) == []
+
+
+@BothWays
+@pytest.mark.parametrize("moment", ["while nothing runs", "in a query", "in the hook"])
+def test_a_cancelled_task_leaves_no_tenant_behind(
+    notes: Notes, driver: str, moment: str, sent_for_the_connection: Callable[[], None]
+) -> None:
+    async def cancel(sessions: TenantSessions) -> list[str]:
+        """What code without a tenant sees afterwards."""
+        reached = asyncio.Event()
+
+        async def work() -> None:
+            async with sessions.async_begin(notes.acme) as db:
+                assert await seen(db) == notes.of(notes.acme)
+                await db.commit()
+                if moment == "in the hook":
+                    # The hook waits for the server for so long that it is cancelled there.
+                    event.listen(
+                        sessions.async_engine().sync_engine,
+                        "before_cursor_execute",
+                        lambda _c, _cursor, statement, parameters, *_: (
+                            (statement.replace("SELECT ", "SELECT pg_sleep(30), ", 1), parameters)
+                            if "set_config" in statement
+                            else (statement, parameters)
+                        ),
+                        retval=True,
+                    )
+                    reached.set()
+                await seen(db)
+                reached.set()
+                await (db.execute(text("SELECT pg_sleep(30)")) if moment == "in a query" else asyncio.sleep(30))
+
+        task = asyncio.create_task(work())
+        await asyncio.wait_for(reached.wait(), 10)
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with sessions.async_engine().connect() as untenanted:
+            left = list((await untenanted.execute(SEEN)).scalars())
+        if moment != "in the hook":
+            async with sessions.async_begin(notes.globex) as db:
+                assert await seen(db) == notes.of(notes.globex)
+        return left
+
+    assert asynchronously(notes, driver, cancel) == []
+
+    if moment == "while nothing runs":  # otherwise the connection itself may be given up
+        sent_for_the_connection()
+        assert asynchronously(notes, driver, cancel) == notes.of(notes.acme)
+
+
+# --- somebody else's transaction ---------------------------------------------------------------------------------
+
+
+def test_a_session_in_somebodys_transaction_leaves_its_tenant_there(notes: Notes, sessions: TenantSessions) -> None:
+    with sessions.engine.connect() as connection, connection.begin():
+        with plain_session(connection, notes.acme) as db:
+            notes.seen(db)
+            db.commit()
+        assert notes.seen(connection) == notes.of(notes.acme)
+
+    with sessions.engine.connect() as connection, connection.begin():
+        with pytest.raises(TenantSessionError, match="cannot join a Connection"):
+            TenantSession(connection, tenant=notes.acme)
+        assert notes.seen(connection) == []
+
+
+def test_a_closed_session_opens_again_with_its_tenant(notes: Notes, sessions: TenantSessions) -> None:
+    plain = plain_session(sessions.engine, notes.acme)
+    plain.close()
+    assert notes.seen(plain) == notes.of(notes.acme)
+    plain.close()
+
+    ours = sessions(notes.acme)
+    ours.close()
+    with pytest.raises(InvalidRequestError, match="permanently closed"):
+        notes.seen(ours)
+
+
+# --- objects in memory -------------------------------------------------------------------------------------------
+
+
+class Base(DeclarativeBase): ...
+
+
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    organization_id: Mapped[str] = mapped_column(Uuid(as_uuid=False))
+    body: Mapped[str]
+    replies: Mapped[list[Reply]] = relationship(back_populates="note")
+
+
+class Reply(Base):
+    __tablename__ = "reply"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    organization_id: Mapped[str] = mapped_column(Uuid(as_uuid=False))
+    note_id: Mapped[int] = mapped_column(ForeignKey("note.id"))
+    note: Mapped[Note] = relationship(back_populates="replies")
+
+
+@pytest.fixture
+def note_with_reply(notes: Notes, superuser: Engine) -> int:
+    """The id of a note of acme's that has a reply."""
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE reply (organization_id uuid, id int PRIMARY KEY, note_id bigint REFERENCES note)"
+        )
+        connection.exec_driver_sql(f"GRANT ALL ON reply TO {quote_identifier(notes.database.role)}")
+        connection.exec_driver_sql("INSERT INTO reply SELECT organization_id, 1, id FROM note WHERE body = 'a1'")
+        return int(connection.exec_driver_sql("SELECT id FROM note WHERE body = 'a1'").scalar_one())
+
+
+def test_a_session_whose_tenant_could_be_changed_would_hand_out_the_old_ones_objects(
+    notes: Notes, sessions: TenantSessions, note_with_reply: int
+) -> None:
+    with plain_session(sessions.engine, notes.acme) as plain:
+        kept = plain.get_one(Note, note_with_reply)
+        plain.info["tenant"] = notes.globex
+        assert plain.get(Note, note_with_reply) is kept
+
+    with sessions(notes.acme) as db:
+        db.get_one(Note, note_with_reply)
+        with pytest.raises(AttributeError):
+            db.tenant = notes.globex  # type: ignore[misc]
+        with tenant_scope(notes.globex), pytest.raises(TenantConflictError):
+            db.get(Note, note_with_reply)
+
+
+def _get(db: Session, note: Note, reply: Reply) -> Any:
+    return db.get(Note, note.id).body  # type: ignore[union-attr]
+
+
+def _get_one(db: Session, note: Note, reply: Reply) -> Any:
+    return db.get_one(Note, note.id).body
+
+
+def _refresh(db: Session, note: Note, reply: Reply) -> Any:
+    db.refresh(note)
+    return note.body
+
+
+def _expired(db: Session, note: Note, reply: Reply) -> Any:
+    db.expire(note)
+    return note.body
+
+
+def _to_many(db: Session, note: Note, reply: Reply) -> Any:
+    return note.replies[0].note.body
+
+
+@pytest.mark.parametrize("read", [_get, _get_one, _refresh, _expired, _to_many])
+def test_an_open_session_loads_nothing_for_code_of_another_tenant(
+    notes: Notes,
+    sessions: TenantSessions,
+    note_with_reply: int,
+    read: Callable[[Session, Note, Reply], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_as_globex() -> Any:
+        with sessions(notes.acme) as db:
+            note, reply = db.get_one(Note, note_with_reply), db.scalars(select(Reply)).one()
+            with tenant_scope(notes.globex):
+                return read(db, note, reply)
+
+    with monkeypatch.context() as without:
+        without.setattr(sessions_module, "refuse_other_tenant", lambda _: None)
+        assert read_as_globex() == "a1"
+
+    with pytest.raises(TenantConflictError):
+        read_as_globex()
+
+
+def test_pending_changes_are_not_written_for_code_of_another_tenant(
+    notes: Notes, sessions: TenantSessions, note_with_reply: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit_as_globex(body: str) -> None:
+        with sessions(notes.acme) as db:
+            db.get_one(Note, note_with_reply).body = body
+            with tenant_scope(notes.globex):
+                db.commit()
+
+    with monkeypatch.context() as without:
+        without.setattr(sessions_module, "refuse_other_tenant", lambda _: None)
+        commit_as_globex("a1")
+
+    with pytest.raises(TenantConflictError):
+        commit_as_globex("written for nobody knows whom")
+    with sessions(notes.acme) as db:
+        assert notes.seen(db) == notes.of(notes.acme)
+
+
+# --- roles that policies do not bind -----------------------------------------------------------------------------
+
+
+def test_a_superuser_sees_all_rows_whatever_the_tenant(notes: Notes, superuser: Engine) -> None:
+    with plain_session(superuser, notes.acme) as db:
+        assert notes.seen(db) == ALL
+
+    with TenantSessions(superuser)(notes.acme) as db, pytest.raises(UnsafeConnectionError, match="superuser"):
+        notes.seen(db)
+
+
+@pytest.fixture
+def login_bypasses(notes: Notes, superuser: Engine) -> Callable[[], None]:
+    """Lets the application's login bypass row-level security, from the call on."""
+
+    def change() -> None:
+        with superuser.begin() as connection:
+            connection.exec_driver_sql(f"ALTER ROLE {quote_identifier(notes.database.role)} BYPASSRLS")
+
+    return change
+
+
+def test_a_login_with_bypassrls_sees_all_rows_whatever_the_tenant(
+    notes: Notes, sessions: TenantSessions, login_bypasses: Callable[[], None]
+) -> None:
+    login_bypasses()
+    with plain_session(sessions.engine, notes.acme) as db:
+        assert notes.seen(db) == ALL
+
+    with sessions(notes.acme) as db, pytest.raises(UnsafeConnectionError, match="BYPASSRLS"):
+        notes.seen(db)
+
+
+def test_a_login_that_is_given_bypassrls_is_found_out_on_its_next_connection(
+    notes: Notes, sessions: TenantSessions, login_bypasses: Callable[[], None]
+) -> None:
+    """A limit: it is asked once for each connection, since asking costs a round trip."""
+    with sessions(notes.acme) as db:
+        assert notes.seen(db) == notes.of(notes.acme)
+    login_bypasses()
+
+    with sessions(notes.acme) as db:
+        assert notes.seen(db) == ALL
+    sessions.dispose()
+    with sessions(notes.acme) as db, pytest.raises(UnsafeConnectionError, match="BYPASSRLS"):
+        notes.seen(db)
+
+
+def test_a_role_taken_inside_of_a_transaction_bypasses_it_and_no_later_one(
+    notes: Notes, sessions: TenantSessions, bypassing: str, superuser: Engine
+) -> None:
+    """A limit: what runs in the transaction itself is not looked at.  A login should be a member of no such role."""
+    with plain_session(sessions.engine, notes.acme) as plain:
+        plain.execute(text(f"SET ROLE {bypassing}"))
+        plain.commit()
+        assert notes.seen(plain) == ALL
+    sessions.dispose()
+
+    with sessions(notes.acme) as db:
+        db.execute(text(f"SET ROLE {bypassing}"))
+        assert notes.seen(db) == ALL, "the limit"
+        db.commit()
+        with pytest.raises(UnsafeConnectionError, match="BYPASSRLS"):
+            notes.seen(db)
+    with sessions(notes.globex) as db:
+        assert notes.seen(db) == notes.of(notes.globex), "on another connection"
+
+    with sessions.begin(notes.acme) as db:
+        db.execute(text(f"SET LOCAL ROLE {bypassing}"))
+    with sessions(notes.globex) as db:
+        assert notes.seen(db) == notes.of(notes.globex), "the role went with its transaction"
+
+    with superuser.begin() as connection:
+        connection.exec_driver_sql(f"REVOKE {bypassing} FROM {quote_identifier(notes.database.role)}")
+    with sessions(notes.acme) as db, pytest.raises(SQLAlchemyError, match="permission denied to set role"):
+        db.execute(text(f"SET ROLE {bypassing}"))
+
+
+# --- settings that other code leaves on a connection -------------------------------------------------------------
+
+
+def test_a_tenant_that_the_application_sets_by_hand_stays_for_code_without_a_tenant_and_for_no_session(
+    notes: Notes, sessions: TenantSessions
+) -> None:
+    """A limit: code of the application's own that says SET, not SET LOCAL, poisons what has no tenant."""
+    by_hand = text(f"SET {ORGANIZATION_SETTING} = '{notes.globex.organization_id}'")
+
+    with sessions.begin(notes.acme) as db:
+        db.execute(by_hand)
+        assert notes.seen(db) == notes.of(notes.globex), "the limit: nothing stops the transaction's own SQL"
+        db.commit()
+        assert notes.seen(db) == notes.of(notes.acme), "the session's next transaction has its own tenant"
+
+    with pooled(sessions) as untenanted:
+        assert notes.seen(untenanted) == notes.of(notes.globex), "the limit"
+    with Session(sessions.engine) as plain:
+        assert notes.seen(plain) == notes.of(notes.globex), "the limit"
+    with sessions(notes.acme) as db:
+        assert notes.seen(db) == notes.of(notes.acme)
+    with sessions.connection(notes.acme) as connection:
+        assert notes.seen(connection) == notes.of(notes.acme)
+
+
+# --- forks and event loops ---------------------------------------------------------------------------------------
+
+
+async def seen(db: AsyncSession) -> list[str]:
+    return list((await db.execute(SEEN)).scalars())
+
+
+def asynchronously(notes: Notes, driver: str, body: Callable[[TenantSessions], Awaitable[Any]]) -> Any:
+    """What a coroutine function returns, with sessions on a pool of one connection."""
+
+    async def main() -> Any:
+        url = database_url(notes.url).set(drivername=f"postgresql+{driver}")
+        sessions = TenantSessions(url, pool_size=1, max_overflow=0, pool_timeout=5)
+        try:
+            return await asyncio.wait_for(body(sessions), 30)
+        finally:
+            await sessions.async_dispose()
+            sessions.dispose()
+
+    return asyncio.run(main())
+
+
+FORK = textwrap.dedent(
+    """
+    import asyncio, os, signal, sys
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from rhesis_tasks import TenantContext, TenantSessions
+    from rhesis_tasks.postgres import engines
+    from rhesis_tasks.settings import async_database_url, database_url
+
+    url, kind, protection, acme, globex = sys.argv[1:]
+    single = {"pool_size": 1, "max_overflow": 0}
+    LOOK = text("SELECT pg_backend_pid(), string_agg(body, ',' ORDER BY body) FROM note")
+
+    def write(who, pid, bodies):
+        os.write(1, f"{who} {pid} {bodies}\\n".encode())
+
+    def in_child(work):
+        if protection == "unprotected":
+            engines._engines.clear()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(3)  # it may hang
+            try:
+                work()
+            except BaseException as error:
+                write("child", "failed", type(error).__name__)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            write("child", "failed", status)
+        if protection == "unprotected":
+            os._exit(0)  # nobody knows what is on its connection by now
+
+    if kind in ("url", "engine", "system"):
+        engine = create_engine(database_url(url), **single)
+        if kind == "system":
+            sessions = TenantSessions(url, system=engine)
+        else:
+            sessions = TenantSessions(url, **single) if kind == "url" else TenantSessions(engine)
+
+        def look(who, organization):
+            if kind == "system":
+                with engine.connect() as connection:
+                    write(who, *connection.execute(LOOK).one())
+            else:
+                with sessions.begin(TenantContext(organization)) as db:
+                    write(who, *db.execute(LOOK).one())
+
+        look("parent", acme)
+        in_child(lambda: look("child", globex))
+        look("parent", acme)
+        sessions.dispose()
+    else:
+        made = create_async_engine(async_database_url(url), **single)
+        sessions = TenantSessions(url, **single) if kind == "async url" else TenantSessions(made)
+
+        async def look(who, organization):
+            async with sessions.async_begin(TenantContext(organization)) as db:
+                write(who, *(await db.execute(LOOK)).one())
+
+        async def main():
+            # Of the engine's own, so that no loop is known to the sessions yet.
+            async with (sessions.async_engine() if kind == "async url" else made).connect() as connection:
+                write("parent", *(await connection.execute(LOOK)).one())
+            in_child(lambda: asyncio.run(look("child", globex)))
+            await look("parent", acme)
+            await sessions.async_dispose()
+
+        asyncio.run(main())
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "driver"),
+    [
+        ("url", "psycopg"),
+        ("engine", "psycopg"),
+        ("async url", "psycopg"),
+        ("async url", "asyncpg"),
+    ],
+)
+def test_a_forked_child_would_speak_on_its_parents_connection(
+    notes: Notes, tmp_path: Path, kind: str, driver: str
+) -> None:
+    script = tmp_path / "forks.py"
+    script.write_text(FORK)
+    url = database_url(notes.url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+
+    def forked(protection: str) -> tuple[list[str], set[str]]:
+        """What the child said, and the parent's connections."""
+        arguments = (url, kind, protection, notes.acme.organization_id, notes.globex.organization_id)
+        with child("forks.py", python(str(script), *arguments)) as running:
+            assert running.process.wait(timeout=30) == 0, running.finished_output()
+            lines = [line.split() for line in running.finished_output().splitlines()]
+        said = [line[1:] for line in lines if line[0] == "child"]
+        return said[0], {line[1] for line in lines if line[0] == "parent"}
+
+    if kind != "async url":  # a child has another loop, and with it another engine
+        (used, _), parents = forked("unprotected")
+        assert used == "failed" or used in parents
+
+    (used, bodies), parents = forked("protected")
+    assert used not in {"failed", *parents}
+    assert bodies == ("None" if kind == "system" else "g1,g2")
+
+
+TWO_LOOPS = textwrap.dedent(
+    """
+    import asyncio, sys
+    from sqlalchemy import text
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from rhesis_tasks import TenantContext, TenantSessions
+    from rhesis_tasks.settings import async_database_url
+
+    url, acme = sys.argv[1:]
+    single = {"pool_size": 1, "max_overflow": 0}
+
+    async def many(engine):
+        async def one():
+            async with engine.connect() as connection:
+                await connection.execute(text("SELECT body FROM note"))
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(asyncio.gather(*(one() for _ in range(4))), 2)
+
+    async def ours():
+        await many(sessions.async_engine())
+        async with sessions.async_begin(TenantContext(acme)) as db:
+            print(await db.scalar(text("SELECT string_agg(body, ',' ORDER BY body) FROM note")))
+
+    sessions = TenantSessions(url, **single)
+    for _ in range(3):
+        asyncio.run(ours())
+
+    shared = create_async_engine(async_database_url(url), **single)
+    asyncio.run(many(shared))
+    try:
+        asyncio.run(many(shared))
+    except BaseException as error:
+        print("shared:", type(error).__name__, flush=True)
+    """
+)
+
+
+@BothWays
+def test_an_engine_that_two_event_loops_share_fails_or_hangs(notes: Notes, tmp_path: Path, driver: str) -> None:
+    script = tmp_path / "loops.py"
+    script.write_text(TWO_LOOPS)
+    url = database_url(notes.url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+
+    with child("loops.py", python(str(script), url, notes.acme.organization_id)) as running:
+        running.wait_for("shared: ")
+        lines = [line for line in running.output.splitlines() if line.startswith(("a1", "shared"))]
+
+    assert lines[:3] == ["a1,a2,a3"] * 3
+    assert lines[3].startswith("shared: ")

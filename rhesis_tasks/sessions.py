@@ -139,9 +139,13 @@ class TenantSession(_OptionsSession):
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """As Session's, asked before each statement; refused for somebody's Connection, or another tenant's code."""
         refuse_other_tenant(self._tenant)
-        bind = super().get_bind(*args, **kwargs)
-        explain_errors(bind, self._setting_names)  # type: ignore[arg-type]
-        return bind
+        return super().get_bind(*args, **kwargs)
+
+    @override
+    def _with_options(self, engine: Engine) -> Engine:
+        if engine not in self._optioned.values():  # those inherit it, and are made anew for each session
+            explain_errors(engine, self._setting_names)
+        return super()._with_options(engine)
 
     @override
     def get(self, *args: Any, **kwargs: Any) -> Any:

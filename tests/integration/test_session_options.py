@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from servers import ON_BOTH_SERVERS
 from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.event import registry
 from sqlalchemy.exc import DataError, DBAPIError, InvalidRequestError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -239,6 +241,22 @@ def test_a_wrong_option_is_an_error_where_it_is_written(notes: Notes, wrong: dic
         asyncio.run(asynchronous())
 
     assert connected == []
+
+
+def test_sessions_with_options_leave_nothing_in_memory(notes: Notes) -> None:
+    def listeners() -> int:
+        gc.collect()
+        return len(registry._key_to_collection)
+
+    with single(notes.url, "sync") as sessions:
+        counts = []
+        for _ in range(3):
+            for _ in range(10):
+                with sessions.begin(notes.acme, readonly=True) as db:
+                    assert notes.seen(db) == notes.of(notes.acme)
+            counts.append(listeners())
+
+    assert counts[0] == counts[1] == counts[2]
 
 
 # --- names of settings -------------------------------------------------------------------------------------------

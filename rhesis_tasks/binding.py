@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, Engine, TextClause, event, text
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.pool import NullPool, reset_none
 
 from .context import TenantContext, current_tenant, same_tenant
 from .errors import (
@@ -34,6 +35,7 @@ __all__ = [
     "bind_tenant",
     "explain_errors",
     "refuse_other_tenant",
+    "refuse_pool_without_reset",
 ]
 
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -186,6 +188,18 @@ def refuse_other_tenant(tenant: TenantContext) -> None:
             "tenant_scope(...) for each tenant",
             first=tenant,
             second=active,
+        )
+
+
+def refuse_pool_without_reset(engine: Engine) -> None:
+    """Raise ConfigurationError if the engine's pool lends connections with whatever transaction they came back in.
+
+    That of a session that nobody closed, for example, with its tenant.
+    """
+    if engine.pool._reset_on_return is reset_none and not isinstance(engine.pool, NullPool):
+        raise ConfigurationError(
+            "with pool_reset_on_return=None an open transaction, and its tenant, would be lent to the next caller.  "
+            "Leave pool_reset_on_return out"
         )
 
 

@@ -36,6 +36,7 @@ from .binding import (
     bind_tenant,
     explain_errors,
     refuse_other_tenant,
+    refuse_pool_without_reset,
 )
 from .context import TenantContext, current_tenant, require_tenant
 from .errors import (
@@ -144,6 +145,7 @@ class TenantSession(_OptionsSession):
     @override
     def _with_options(self, engine: Engine) -> Engine:
         if engine not in self._optioned.values():  # those inherit it, and are made anew for each session
+            refuse_pool_without_reset(engine)
             explain_errors(engine, self._setting_names)
         return super()._with_options(engine)
 
@@ -314,6 +316,10 @@ class TenantSessions:
         if isinstance(system, str | URL):
             self._system_engine = new_engine(system)
             self._system_loops = LoopEngines(system)
+        for given in (self._engine, self._async_engine, self._system_engine):
+            if given is not None:
+                engine = given.sync_engine if isinstance(given, AsyncEngine) else given
+                refuse_pool_without_reset(engine)
         self._setting_names = setting_names or SettingNames()
         self._session_class = _tenant_class(session_class)
         self._async_session_class = _async_tenant_class(async_session_class)
@@ -392,7 +398,9 @@ class TenantSessions:
             RuntimeError: no event loop is running.
         """
         if self._async_engine is None and self._loop_engines is not None:
-            return self._loop_engines.current()
+            engine = self._loop_engines.current()
+            refuse_pool_without_reset(engine.sync_engine)
+            return engine
         if self._async_engine is None:
             raise ConfigurationError(
                 "these sessions are synchronous: they were made from an Engine.  Make them from a URL, or give them "

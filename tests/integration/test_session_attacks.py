@@ -6,6 +6,7 @@ Where nothing withstands it the test says so: it is then a limit, and no promise
 from __future__ import annotations
 
 import asyncio
+import gc
 import textwrap
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,12 +18,13 @@ import pytest
 from servers import ON_BOTH_SERVERS
 from sqlalchemy import Connection, Engine, ForeignKey, Uuid, create_engine, event, select, text
 from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from rhesis_tasks import TenantContext, TenantSessions, binding, tenant_scope
 from rhesis_tasks import sessions as sessions_module
-from rhesis_tasks.errors import TenantConflictError, TenantSessionError, UnsafeConnectionError
+from rhesis_tasks.errors import ConfigurationError, TenantConflictError, TenantSessionError, UnsafeConnectionError
 from rhesis_tasks.processes import child, python
 from rhesis_tasks.rls import ORGANIZATION_SETTING
 from rhesis_tasks.sessions import TenantSession
@@ -381,6 +383,78 @@ def test_a_closed_session_opens_again_with_its_tenant(notes: Notes, sessions: Te
     ours.close()
     with pytest.raises(InvalidRequestError, match="permanently closed"):
         notes.seen(ours)
+
+
+def test_a_session_that_nobody_closes_lends_its_tenant_on_where_the_pool_does_not_reset(
+    notes: Notes, with_engine: Callable[..., Engine]
+) -> None:
+    def after_a_forgotten_session(engine: Engine, session: Callable[[], Session]) -> list[str]:
+        db = session()
+        assert notes.seen(db) == notes.of(notes.acme)
+        del db
+        gc.collect()
+        with engine.connect() as untenanted:
+            return notes.seen(untenanted)
+
+    no_reset = with_engine(pool_reset_on_return=None)
+    assert after_a_forgotten_session(no_reset, lambda: plain_session(no_reset, notes.acme)) == notes.of(notes.acme)
+
+    with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+        TenantSessions(no_reset)
+    with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+        TenantSessions(notes.url, pool_reset_on_return=None)
+    usual = with_engine()
+    assert after_a_forgotten_session(usual, lambda: TenantSessions(usual)(notes.acme)) == []
+
+
+def test_a_raw_connection_that_comes_back_with_an_open_transaction_brings_its_tenant(
+    notes: Notes, with_engine: Callable[..., Engine]
+) -> None:
+    """Code of the application's own that sends a tenant, and neither commits nor rolls back."""
+
+    def after_a_raw_connection(engine: Engine) -> list[str]:
+        raw = engine.raw_connection()
+        raw.cursor().execute(f"SELECT set_config('{ORGANIZATION_SETTING}', '{notes.acme.organization_id}', true)")
+        raw.close()
+        with engine.connect() as untenanted:
+            return notes.seen(untenanted)
+
+    no_reset = with_engine(pool_reset_on_return=None)
+    assert after_a_raw_connection(no_reset) == notes.of(notes.acme)
+
+    with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+        TenantSessions(no_reset)
+    assert after_a_raw_connection(TenantSessions(with_engine()).engine) == []
+
+
+@BothWays
+def test_an_asynchronous_pool_without_reset_is_refused_too(notes: Notes, driver: str) -> None:
+    url = database_url(notes.url).set(drivername=f"postgresql+{driver}")
+    sessions = TenantSessions(url, async_engine_options={"pool_reset_on_return": None})
+
+    async def ask() -> None:
+        with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+            sessions.async_session(notes.acme)
+        with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+            async with sessions.async_connection(notes.acme):
+                pass
+
+    asyncio.run(ask())
+    with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+        TenantSessions(create_async_engine(url, pool_reset_on_return=None))
+
+
+def test_an_engine_of_a_single_model_is_held_to_the_same(notes: Notes, with_engine: Callable[..., Engine]) -> None:
+    no_reset = with_engine(pool_reset_on_return=None)
+    unpooled = with_engine(pool_reset_on_return=None, poolclass=NullPool)
+    for engine, refused in [(no_reset, True), (unpooled, False)]:
+        sessions = TenantSessions(sessionmaker(with_engine(), binds={Note: engine}))
+        with sessions(notes.acme) as db:
+            if refused:
+                with pytest.raises(ConfigurationError, match="pool_reset_on_return"):
+                    db.scalars(select(Note))
+            else:
+                assert [note.body for note in db.scalars(select(Note).order_by(Note.body))] == notes.of(notes.acme)
 
 
 # --- objects in memory -------------------------------------------------------------------------------------------

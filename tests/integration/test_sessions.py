@@ -226,18 +226,6 @@ def test_nothing_is_left_on_the_pooled_connection(notes: Notes, sessions: Tenant
         assert notes.seen(untenanted) == []
 
 
-def test_nothing_is_left_where_the_pool_does_not_reset_connections(notes: Notes) -> None:
-    engine = create_engine(database_url(notes.url), pool_size=1, max_overflow=0, pool_reset_on_return=None)
-    try:
-        with TenantSessions(engine)(notes.acme) as db:
-            notes.seen(db)
-
-        with engine.connect() as untenanted:
-            assert notes.seen(untenanted) == []
-    finally:
-        engine.dispose()
-
-
 def test_threads_of_two_tenants_on_one_small_pool_never_see_a_wrong_row(notes: Notes) -> None:
     threads, operations = 8, 60
     sessions = TenantSessions(notes.url, pool_size=2, max_overflow=0, pool_timeout=60)

@@ -146,6 +146,7 @@ class TenantSession(_OptionsSession):
     def _with_options(self, engine: Engine) -> Engine:
         if engine not in self._optioned.values():  # those inherit it, and are made anew for each session
             refuse_pool_without_reset(engine)
+            forget_pool_after_fork(engine)
             explain_errors(engine, self._setting_names)
         return super()._with_options(engine)
 
@@ -298,7 +299,6 @@ class TenantSessions:
             self._async_engine = source
         elif isinstance(source, Engine):
             self._engine = source
-            forget_pool_after_fork(source)
         else:
             raise ConfigurationError(
                 "tenant sessions are made from a URL, an Engine, an AsyncEngine, a sessionmaker or an "
@@ -320,6 +320,7 @@ class TenantSessions:
             if given is not None:
                 engine = given.sync_engine if isinstance(given, AsyncEngine) else given
                 refuse_pool_without_reset(engine)
+                forget_pool_after_fork(engine)
         self._setting_names = setting_names or SettingNames()
         self._session_class = _tenant_class(session_class)
         self._async_session_class = _async_tenant_class(async_session_class)

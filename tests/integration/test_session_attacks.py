@@ -773,6 +773,9 @@ FORK = textwrap.dedent(
     [
         ("url", "psycopg"),
         ("engine", "psycopg"),
+        ("system", "psycopg"),
+        ("async engine", "psycopg"),
+        ("async engine", "asyncpg"),
         ("async url", "psycopg"),
         ("async url", "asyncpg"),
     ],

@@ -156,6 +156,12 @@ class TenantSession(_OptionsSession):
         refuse_other_tenant(self._tenant)
         return super().get(*args, **kwargs)
 
+    @override
+    def _identity_lookup(self, *args: Any, **kwargs: Any) -> Any:
+        # By a relationship to one object, which is taken from memory if it is there.
+        refuse_other_tenant(self._tenant)
+        return super()._identity_lookup(*args, **kwargs)
+
 
 def _refuse_connection(bind: object) -> None:
     if isinstance(bind, Connection | AsyncConnection):

@@ -529,7 +529,11 @@ def _to_many(db: Session, note: Note, reply: Reply) -> Any:
     return note.replies[0].note.body
 
 
-@pytest.mark.parametrize("read", [_get, _get_one, _refresh, _expired, _to_many])
+def _to_one(db: Session, note: Note, reply: Reply) -> Any:
+    return reply.note.body  # from memory, without a statement
+
+
+@pytest.mark.parametrize("read", [_get, _get_one, _refresh, _expired, _to_many, _to_one])
 def test_an_open_session_loads_nothing_for_code_of_another_tenant(
     notes: Notes,
     sessions: TenantSessions,

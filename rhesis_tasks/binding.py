@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import weakref
 from datetime import timedelta
 from typing import Any, Final, Literal, TypeAlias
@@ -261,14 +262,12 @@ def _explanation(
                 "query read one of these, as NULLIF(current_setting('...', true), ''), or name it in TenantSessions("
                 "setting_names=...)"
             )
-        case "22P02" if '""' in message:
+        case "22P02" if _last_quoted(message) == "":
             return SettingValueError, (
                 "A setting is empty: there is no user or project, or nobody has sent it on this connection.  Let the "
                 "policy or query read NULLIF(current_setting('...', true), '')"
             )
-        case "22P02" if any(
-            f'"{value}"' in message for value in (tenant.organization_id, tenant.user_id, tenant.project_id)
-        ):
+        case "22P02" if _last_quoted(message) in {tenant.organization_id, tenant.user_id, tenant.project_id} - {None}:
             return SettingValueError, (
                 "The tenant's id has another type than the column that the policy or query compares it with.  Use ids "
                 "of that type, or another column_type= in enable_rls"
@@ -285,6 +284,15 @@ def _raised_in(error: BaseException) -> str | None:
     if diagnosis is not None:
         return getattr(diagnosis, "source_function", None)
     return getattr(error.__cause__, "server_source_function", None)  # asyncpg's, which SQLAlchemy has wrapped
+
+
+_QUOTES: Final = "\"'«»‹›„“”‚‘’「」『』"  # noqa: RUF001
+
+
+def _last_quoted(message: str) -> str | None:
+    """What a message ends with in quotation marks, those of whatever language."""
+    found = re.search(rf"[{_QUOTES}]\s*([^{_QUOTES}]*?)\s*[{_QUOTES}]\W*$", message)
+    return None if found is None else found[1]
 
 
 def _first_line(error: BaseException) -> str:

@@ -533,7 +533,8 @@ class TenantSessions:
         size = {"pool_size": tasks, "max_overflow": max(tasks, 10)}
         self.engine.dispose()
         self._engine = new_engine(self._url, **self._engine_options, **size)
-        self._loop_engines = LoopEngines(self._url, **{**size, **self._async_engine_options})
+        if not _SIZED & set(self._async_engine_options):
+            self._loop_engines = LoopEngines(self._url, **size, **self._async_engine_options)
 
     def dispose(self) -> None:
         """Close the pooled connections of synchronous sessions."""

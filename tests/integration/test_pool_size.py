@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from applications import application
 from sqlalchemy.pool import NullPool
 
@@ -29,6 +31,25 @@ def test_the_pool_fits_as_many_tasks_as_run_at_once_unless_it_is_sized(notes: No
     given = TenantSessions(sized.engine)
     given.fit(12)
     assert given.engine is sized.engine
+
+
+@pytest.mark.parametrize("option", [{"poolclass": NullPool}, {"pool_size": 2, "max_overflow": 0}], ids=str)
+def test_an_asynchronous_pool_of_another_size_stays_as_it_is(notes: Notes, option: dict[str, Any]) -> None:
+    sessions = TenantSessions(notes.url, async_engine_options=option)
+    sessions.fit(12)
+
+    async def look() -> Any:
+        async with sessions.async_begin(notes.acme) as db:
+            assert await db.run_sync(notes.seen) == notes.of(notes.acme)
+        found = sessions.async_engine().pool
+        await sessions.async_dispose()
+        return found
+
+    pool = asyncio.run(look())
+    if "poolclass" in option:
+        assert isinstance(pool, NullPool)
+    else:
+        assert (pool.size(), pool._max_overflow) == (2, 0)
 
 
 def test_as_many_tasks_as_a_worker_runs_at_once_each_get_two_sessions(postgres_url: str) -> None:

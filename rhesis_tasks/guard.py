@@ -50,8 +50,8 @@ class Guard(bootsteps.StartStopStep):
         signer = signer_of(parent.app)
 
         def on_task_received(message: Message) -> Any:
-            headers: Any = message.headers or {}
-            name: object = headers.get("task", "")
+            headers: object = message.headers
+            name = headers.get("task", "") if isinstance(headers, dict) else ""
             if not isinstance(name, str):
                 _log.error("a message whose task is a %s is discarded", type(name).__name__)
             elif signer is not None and name not in parent.strategies and not signer.accepts(message):

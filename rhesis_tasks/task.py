@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
@@ -33,7 +33,7 @@ from .propagation import (
     with_context,
 )
 from .retry import DEFAULT, RetryLater, RetryPolicy
-from .sessions import TenantSession, sessions_of
+from .sessions import TenantSession, TransactionOptions, sessions_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -190,17 +190,21 @@ class BaseTask(ContextTask):
         """The logger of the task's module, with the context on every record."""
         return TaskLogger(logging.getLogger(type(self).__module__), {})
 
-    def get_db_session(self) -> TenantSession:
+    def get_db_session(self, **transaction: Unpack[TransactionOptions]) -> TenantSession:
         """A session of the tenant, for tasks that manage their transactions themselves.
 
         The caller commits, as often as it likes, and closes; ``with self.get_db_session() as db:`` closes.
         For one transaction around the whole task use :func:`~rhesis_tasks.tenant_session`.
 
+        Args:
+            **transaction: how its transactions are begun: ``readonly``, ``isolation_level``, ``statement_timeout`` and
+                ``lock_timeout`` (seconds).
+
         Raises:
             NotConfiguredError: the application was configured without a database.
             MissingTenantError: there is no tenant.
         """
-        return sessions_of(self.app)()
+        return sessions_of(self.app)(**transaction)
 
     # --- launching -----------------------------------------------------------------------------------------
 

@@ -818,7 +818,8 @@ def test_a_task_gets_a_session_of_its_tenant_by_decorator_and_by_method(notes: N
             db.commit()
             before = notes.seen(db)
             notes.write(db, self.tenant, "not committed")
-        with self.get_db_session() as db:
+        with self.get_db_session(readonly=True) as db:
+            assert db.scalar(text("SHOW transaction_read_only")) == "on"
             return [before, notes.seen(db)]
 
     with tenant_scope(notes.acme):

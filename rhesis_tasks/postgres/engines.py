@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import threading
 import weakref
 from typing import Any, Final
 
@@ -55,7 +54,6 @@ class LoopEngines:
         self._url = async_database_url(url)
         self._options = {"pool_pre_ping": True, **options}
         self._engines: dict[asyncio.AbstractEventLoop, AsyncEngine] = {}
-        self._lock = threading.Lock()
 
     def current(self) -> AsyncEngine:
         """The engine of the running event loop.
@@ -67,16 +65,18 @@ class LoopEngines:
         loop = asyncio.get_running_loop()
         engine = self._engines.get(loop)
         if engine is None:
-            with self._lock:
-                self._forget_closed_loops()
-                engine = self._engines[loop] = create_async_engine(self._url, **self._options)
+            self._forget_closed_loops()
+            # Without a lock, which a fork might leave held for ever: no other thread runs this loop.
+            engine = self._engines[loop] = create_async_engine(self._url, **self._options)
             forget_pool_after_fork(engine.sync_engine)
         return engine
 
     def _forget_closed_loops(self) -> None:
-        for loop in [loop for loop in self._engines if loop.is_closed()]:
-            # Nothing can be said to its connections any more.
-            self._engines.pop(loop).sync_engine.dispose(close=False)
+        for loop in list(self._engines):
+            engine = self._engines.pop(loop, None) if loop.is_closed() else None
+            if engine is not None:
+                # Nothing can be said to its connections any more.
+                engine.sync_engine.dispose(close=False)
 
     async def dispose(self) -> None:
         """Close the pooled connections of the running event loop."""

@@ -54,7 +54,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
                     options |= {"body": ((), {}, {}), "decoded": True}
                 options["headers"] = headers
             super().__init__(message, *args, **options)
-            _check_form(self._request_dict, self._payload)
+            if HEADER not in self._request_dict:  # with it, it is from a Celery of ours
+                _check_form(self._request_dict, self._payload)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise InvalidTaskError(f"{type(error).__name__}: {error}") from error
 
@@ -131,10 +132,7 @@ _NUMBER: Final = (int, float)
 
 
 def _check_form(request: Mapping[str, Any], body: Any) -> None:
-    """Raise TypeError or ValueError for what no Celery publishes, and at which a worker would end or hang.
-
-    Every task pays for it, so the usual is decided first.
-    """
+    """Raise TypeError or ValueError for what no Celery publishes, and at which a worker would end or hang."""
     args, kwargs, embedded = body
     get = request.get
     if not isinstance(args, _LIST) or not isinstance(kwargs, dict):

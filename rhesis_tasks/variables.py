@@ -252,8 +252,8 @@ class Activation:
         if self._unset:
             self._hide_unset()
             self._unset.clear()
-        while self._set:
-            var, _, token = self._set.pop()
+        done, self._set = self._set, []
+        for var, _, token in reversed(done):
             var.reset(token)
         if open_scopes.get() is not self._scopes:
             open_scopes.set(self._scopes)

@@ -23,6 +23,7 @@ from rhesis_tasks.testing import running_worker
 ACME = TenantContext("acme", "ann")
 EVIL = {"task": "signed_tasks.secret", "args": [], "kwargs": {}, "options": {}, "subtask_type": None, "immutable": True}
 PAST, NEVER = "2020-01-01T00:00:00+00:00", "0001-01-01T00:00:00+14:00"
+OLDER = {"organization_id": "acme"}  # as callers from before this library have it
 FORGED = {"rhesis_tasks": {"v": 1, "organization_id": "acme"}}
 
 
@@ -41,7 +42,12 @@ class Rig:
         with app.connection_for_write() as connection:
             queue = app.amqp.queues[app.conf.task_default_queue]
             producer = connection.Producer(serializer="json", routing_key=queue.name)
-            sent = {"task": f"signed_tasks.{task}", "id": str(uuid.uuid4()), **FORGED, **headers}
+            sent = {
+                "task": f"signed_tasks.{task}",
+                "id": str(uuid.uuid4()),
+                **(FORGED if self.is_signed else OLDER),
+                **headers,
+            }
             producer.publish(body, headers=sent, declare=[queue])
 
     def run(self, canvas: Any) -> Any:

@@ -13,7 +13,7 @@ from celery.app.defaults import SETTING_KEYS
 from . import logs, propagation
 from .errors import ConfigurationError
 from .guard import Guard
-from .sessions import TenantSessions, sessions_of, use_sessions
+from .sessions import TenantSessions, require_sessions, sessions_of, use_sessions
 from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
@@ -96,6 +96,7 @@ def configure(
     unknown = sorted(set(overrides) - SETTING_KEYS)
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
+    require_sessions(sessions)
     signer = None if signing_keys == () else Signer(signing_keys)
     environ = os.environ
     database_url = database_url or environ.get("DATABASE_URL") or None

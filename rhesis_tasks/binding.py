@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, Engine, TextClause, event, text
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.pool import NullPool, reset_none
+from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool, reset_none
 
 from .context import TenantContext, current_tenant, same_tenant
 from .errors import (
@@ -25,6 +25,7 @@ from .errors import (
     SettingValueError,
     TenantConflictError,
     TenantDatabaseError,
+    TenantSessionError,
     UnsafeConnectionError,
 )
 from .rls import ORGANIZATION_SETTING, setting_literal
@@ -34,9 +35,9 @@ __all__ = [
     "SettingNames",
     "Transaction",
     "bind_tenant",
-    "explain_errors",
     "refuse_other_tenant",
-    "refuse_pool_without_reset",
+    "refuse_unsafe_pool",
+    "watch",
 ]
 
 IsolationLevel: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -63,7 +64,7 @@ class SettingNames:
         names = dataclasses.astuple(self)
         for name in names:
             setting_literal(name)
-        if len(set(names)) < len(names):
+        if len({name.lower() for name in names}) < len(names):  # as the database compares them
             raise ConfigurationError(f"each setting needs its own name, not {', '.join(names)}")
 
 
@@ -136,7 +137,7 @@ def bind_tenant(
     except BaseException:
         connection.invalidate()
         raise
-    _bound[connection] = tenant
+    _bound[connection] = _Bound(tenant, names)
 
 
 def _send(connection: Connection, tenant: TenantContext, names: SettingNames, more: dict[str, str]) -> None:
@@ -192,11 +193,16 @@ def refuse_other_tenant(tenant: TenantContext) -> None:
         )
 
 
-def refuse_pool_without_reset(engine: Engine) -> None:
-    """Raise ConfigurationError if the engine's pool lends connections with whatever transaction they came back in.
+def refuse_unsafe_pool(engine: Engine) -> None:
+    """Raise ConfigurationError if the engine's pool may lend a connection in the middle of somebody's transaction.
 
-    That of a session that nobody closed, for example, with its tenant.
+    To several sessions at once, or as a session came back that nobody has closed.
     """
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        raise ConfigurationError(
+            f"{type(engine.pool).__name__} lends one connection to several sessions at once, so that one's tenant "
+            "would become the other's.  Leave poolclass out, or use NullPool"
+        )
     if engine.pool._reset_on_return is reset_none and not isinstance(engine.pool, NullPool):
         raise ConfigurationError(
             "with pool_reset_on_return=None an open transaction, and its tenant, would be lent to the next caller.  "
@@ -206,34 +212,70 @@ def refuse_pool_without_reset(engine: Engine) -> None:
 
 # --- what the database refuses -----------------------------------------------------------------------------------
 
-_bound: weakref.WeakKeyDictionary[Connection, TenantContext] = weakref.WeakKeyDictionary()
-_explained: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+@dataclasses.dataclass(slots=True)
+class _Bound:
+    """What a connection has been given."""
+
+    tenant: TenantContext
+    names: SettingNames
+    is_over: bool = False  #: the transaction has ended
 
 
-def explain_errors(engine: Engine, names: SettingNames) -> None:
-    """Let errors of this engine's tenant transactions say what they have to do with the tenant, and the remedy."""
-    if engine in _explained:
+_bound: weakref.WeakKeyDictionary[Connection, _Bound] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def watch(engine: Engine) -> None:
+    """Look at each statement of this engine's tenant transactions, and at each of their errors.
+
+    A statement is refused for code that works for another tenant, and in a transaction that somebody has begun on the
+    connection itself, which nobody has given the tenant.  An error says what it has to do with the tenant, and the
+    remedy.
+    """
+    if engine in _watched:
         return
-    _explained.add(engine)
+    _watched.add(engine)
+    event.listen(engine, "before_cursor_execute", _refuse_statement)
+    event.listen(engine, "handle_error", _explain, retval=True)
+    for ending in ("commit", "rollback", "commit_twophase", "rollback_twophase"):
+        event.listen(engine, ending, _end)
 
-    def explain(context: ExceptionContext) -> TenantDatabaseError | None:
-        connection = context.connection
-        tenant = None if connection is None else _bound.get(connection)
-        if tenant is None or isinstance(getattr(context, "chained_exception", None), TenantDatabaseError):
-            return None
-        found = _explanation(context.original_exception, tenant, names)
-        if found is None:
-            return None
-        kind, remedy = found
-        orig = context.original_exception
-        return kind(
-            f"{_first_line(orig)}, in a transaction of {tenant}.  {remedy}",
-            tenant=tenant,
-            statement=context.statement,
-            orig=orig,
+
+def _end(connection: Connection, *_: Any) -> None:
+    bound = _bound.get(connection)
+    if bound is not None:
+        bound.is_over = True
+
+
+def _refuse_statement(connection: Connection, *_: Any) -> None:
+    bound = _bound.get(connection)
+    if bound is None:
+        return
+    refuse_other_tenant(bound.tenant)
+    if bound.is_over:
+        raise TenantSessionError(
+            "this transaction was begun on the session's connection, and carries no tenant.  Commit and roll back by "
+            "the session: db.commit(), not db.connection().commit()"
         )
 
-    event.listen(engine, "handle_error", explain, retval=True)
+
+def _explain(context: ExceptionContext) -> TenantDatabaseError | None:
+    connection = context.connection
+    bound = None if connection is None else _bound.get(connection)
+    if bound is None or isinstance(getattr(context, "chained_exception", None), TenantDatabaseError):
+        return None
+    orig = context.original_exception
+    found = _explanation(orig, bound.tenant, bound.names)
+    if found is None:
+        return None
+    kind, remedy = found
+    return kind(
+        f"{_first_line(orig)}, in a transaction of {bound.tenant}.  {remedy}",
+        tenant=bound.tenant,
+        statement=context.statement,
+        orig=orig,
+    )
 
 
 def _explanation(
@@ -251,6 +293,13 @@ def _explanation(
                 "The row belongs to another organization, or to none.  Leave its organization out where the column has "
                 "the tenant as its default (TenantMixin), or set it to that of the session: db.tenant.organization_id"
             )
+        case "42501" if _raised_in(error) == "exec_stmt_raise":
+            if not message.startswith("no tenant: "):
+                return None  # by the application's own function
+            return SettingMissingError, (
+                f"Tenant sessions send {names.organization}, and the strict policy reads another setting.  Give "
+                "enable_rls(setting=...) and TenantSessions(setting_names=...) the same name"
+            )
         case "42501":
             return PermissionDeniedError, (
                 "Grants say which tables, policies which rows: GRANT what is missing to the application's role, and "
@@ -264,8 +313,8 @@ def _explanation(
             )
         case "22P02" if _last_quoted(message) == "":
             return SettingValueError, (
-                "A setting is empty: there is no user or project, or nobody has sent it on this connection.  Let the "
-                "policy or query read NULLIF(current_setting('...', true), '')"
+                "A setting is empty (there is no user or project, or nobody has sent it on this connection), or a "
+                "parameter of the statement is.  Let the policy or query read NULLIF(current_setting('...', true), '')"
             )
         case "22P02" if _last_quoted(message) in {tenant.organization_id, tenant.user_id, tenant.project_id} - {None}:
             return SettingValueError, (

@@ -171,7 +171,7 @@ class TenantDatabaseError(TenantSessionError, DBAPIError):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self.args
+        return type(self), self.args, {"tenant": self.tenant, "statement": self.statement}
 
 
 class PolicyViolationError(TenantDatabaseError, ProgrammingError):

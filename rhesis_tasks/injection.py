@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
@@ -13,7 +14,14 @@ from celery.local import Proxy
 
 from .binding import Transaction
 from .errors import TaskDefinitionError, TenantSessionError
-from .sessions import AsyncTenantSession, TenantSession, TenantSessions, TransactionOptions, ambient_sessions
+from .sessions import (
+    AsyncTenantSession,
+    TenantSession,
+    TenantSessions,
+    TransactionOptions,
+    ambient_sessions,
+    require_sessions,
+)
 
 if TYPE_CHECKING:
     from celery import Task
@@ -92,11 +100,13 @@ class TenantSessionBlock:
     def __init__(
         self, *, param: str, sessions: TenantSessions | None, **transaction: Unpack[TransactionOptions]
     ) -> None:
+        require_sessions(sessions)
         Transaction(**transaction)  # what is wrong with it is an error here
         self._param = param
         self._sessions = sessions
         self._transaction = transaction
         self._open: ExitStack | AsyncExitStack | None = None
+        self._entered = threading.Lock()
 
     @property
     def _source(self) -> TenantSessions:
@@ -129,7 +139,7 @@ class TenantSessionBlock:
         return await cast("AsyncExitStack", self._open).__aexit__(exc_type, exc, tb)
 
     def _refuse_second_use(self) -> None:
-        if self._open is not None:
+        if not self._entered.acquire(blocking=False):
             raise TenantSessionError("a tenant_session() is for one block; call it again for each")
 
     # --- as a decorator ----------------------------------------------------------------------------------------
@@ -137,6 +147,7 @@ class TenantSessionBlock:
     def __call__(self, function: Callable[..., R], /) -> Callable[..., R]:
         """The function without the parameter."""
         position, signature = _without(function, self._param)
+        name = getattr(function, "__name__", repr(function))
 
         def arguments(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if position is not None and len(args) >= position:
@@ -145,7 +156,7 @@ class TenantSessionBlock:
 
         def refuse_passed(kwargs: dict[str, Any]) -> None:
             if self._param in kwargs:
-                raise TypeError(f"{function.__name__}() gets {self._param!r} from @tenant_session; do not pass it")
+                raise TypeError(f"{name}() gets {self._param!r} from @tenant_session; do not pass it")
 
         if inspect.iscoroutinefunction(function):
 
@@ -162,13 +173,23 @@ class TenantSessionBlock:
                 refuse_passed(kwargs)
                 with self._source.begin(**self._transaction) as session:
                     all_args, all_kwargs = arguments(session, args, kwargs)
-                    return function(*all_args, **all_kwargs)
+                    returned = function(*all_args, **all_kwargs)
+                    if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+                        if inspect.iscoroutine(returned):
+                            returned.close()
+                        raise TaskDefinitionError(
+                            f"@tenant_session cannot wrap {name}: what it returned runs when the session is closed.  "
+                            "Let it be an async def function"
+                        )
+                    return returned
 
             call = call_sync
         functools.update_wrapper(call, function)
         call.__signature__ = signature
         call.__annotations__ = {
-            name: annotation for name, annotation in function.__annotations__.items() if name != self._param
+            name: annotation
+            for name, annotation in getattr(function, "__annotations__", {}).items()
+            if name != self._param
         }
         return call  # type: ignore[no-any-return]
 

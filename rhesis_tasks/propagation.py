@@ -129,6 +129,7 @@ def install(app: Celery, signer: Signer | None = None) -> None:
                 producer, connection = signing, None  # with a connection, Celery would make another producer
             return send_task(name, args, kwargs, countdown, eta, task_id, producer, connection, *more, **options)
 
+    send_task_with_context.own = own  # type: ignore[attr-defined]  # to be put back
     # On the instance, so that other applications in the process are untouched.
     app.send_task = send_task_with_context  # type: ignore[method-assign]
     task_prerun.connect(_enter, weak=False, dispatch_uid=f"{_UID}.enter")
@@ -140,8 +141,12 @@ def install(app: Celery, signer: Signer | None = None) -> None:
 def uninstall(app: Celery) -> None:
     """Undo :func:`install`."""
     if app in _apps:
-        del app.send_task
         del _apps[app]
+        own = getattr(app.send_task, "own", None)
+        if own is not None:
+            app.send_task = own  # type: ignore[method-assign]
+        else:
+            del app.send_task
     if not _apps:
         task_prerun.disconnect(dispatch_uid=f"{_UID}.enter")
         task_postrun.disconnect(dispatch_uid=f"{_UID}.leave")

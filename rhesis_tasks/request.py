@@ -175,9 +175,9 @@ def _instead_of(headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
         task_id,
         extra={"refused_task_name": name, "refused_task_id": task_id},
     )
-    # Its failure must not take the place of a result that is somebody's.
-    ignore_result = not records(app) and _has_result(app, task_id)
-    return {"task": name, "id": task_id, "lang": "py", HEADER: dict(REFUSED), "ignore_result": ignore_result}
+    if not records(app) and _has_result(app, task_id):
+        raise InvalidTaskError("it is not signed, and its failure would take the place of a result")
+    return {"task": name, "id": task_id, "lang": "py", HEADER: dict(REFUSED)}
 
 
 def _has_result(app: Celery, task_id: str) -> bool:

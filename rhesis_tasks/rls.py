@@ -232,7 +232,7 @@ def setting_literal(setting: str) -> str:
     Raises:
         ConfigurationError: it is not like ``app.current_organization``.
     """
-    prefix, dot, name = setting.partition(".")
+    prefix, dot, name = setting.partition(".") if isinstance(setting, str) else ("", "", "")
     if not dot or not all(part.isidentifier() and part.isascii() for part in (prefix, name)):
         raise ConfigurationError(f"a setting is named like 'app.current_organization', not {setting!r}")
     return f"'{setting}'"

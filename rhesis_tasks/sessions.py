@@ -12,13 +12,13 @@ import asyncio
 import logging
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypedDict, Unpack
 
 from celery._state import get_current_task
 from celery.signals import worker_init
 from sqlalchemy import URL, Connection, Engine, event, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.pool import NullPool
 from typing_extensions import override
 
 from .binding import (
@@ -34,15 +35,16 @@ from .binding import (
     SettingNames,
     Transaction,
     bind_tenant,
-    explain_errors,
     refuse_other_tenant,
-    refuse_pool_without_reset,
+    refuse_unsafe_pool,
+    watch,
 )
-from .context import TenantContext, current_tenant, require_tenant
+from .context import TenantContext, as_tenant, current_tenant, require_tenant
 from .errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     NotConfiguredError,
+    TenantDatabaseError,
     TenantSessionError,
     UnsafeConnectionError,
 )
@@ -55,12 +57,14 @@ if TYPE_CHECKING:
     from celery import Celery
 
 __all__ = [
+    "AsyncSystemSession",
     "AsyncTenantSession",
     "SystemSession",
     "TenantSession",
     "TenantSessions",
     "TransactionOptions",
     "ambient_sessions",
+    "require_sessions",
     "sessions_of",
     "use_sessions",
 ]
@@ -96,6 +100,14 @@ class _OptionsSession(Session):
         _refuse_connection(bind)
         self.info[_ASKED] = True
         return self._with_options(bind)  # type: ignore[arg-type]
+
+    @override
+    def connection(
+        self, bind_arguments: Mapping[str, Any] | None = None, execution_options: Mapping[str, Any] | None = None
+    ) -> Connection:
+        """As Session's, which would not ask for the bind where one is named."""
+        bind = self.get_bind(**(bind_arguments or {}))
+        return super().connection({"bind": bind}, execution_options)
 
     def _with_options(self, engine: Engine) -> Engine:
         """The engine with the session's options; the same one each time, since each has a connection of its own."""
@@ -145,9 +157,9 @@ class TenantSession(_OptionsSession):
     @override
     def _with_options(self, engine: Engine) -> Engine:
         if engine not in self._optioned.values():  # those inherit it, and are made anew for each session
-            refuse_pool_without_reset(engine)
+            refuse_unsafe_pool(engine)
             forget_pool_after_fork(engine)
-            explain_errors(engine, self._setting_names)
+            watch(engine)
         return super()._with_options(engine)
 
     @override
@@ -155,6 +167,12 @@ class TenantSession(_OptionsSession):
         """As Session's; refused for another tenant's code, also where the object is loaded already."""
         refuse_other_tenant(self._tenant)
         return super().get(*args, **kwargs)
+
+    @override
+    def merge(self, *args: Any, **kwargs: Any) -> Any:
+        """As Session's; refused for another tenant's code."""
+        refuse_other_tenant(self._tenant)
+        return super().merge(*args, **kwargs)
 
     @override
     def _identity_lookup(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +187,13 @@ def _refuse_connection(bind: object) -> None:
         raise TenantSessionError(
             "a tenant session opens its own transactions; it cannot join a Connection.  Give it an Engine"
         )
+
+
+@event.listens_for(_OptionsSession, "after_transaction_end", propagate=True)
+def _forget_connection(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_ASKED, None)
+        session.info.pop(_BEGUN, None)
 
 
 @event.listens_for(TenantSession, "after_begin", propagate=True, insert=True)
@@ -201,11 +226,27 @@ class SystemSession(_OptionsSession):
     Raises:
         UnsafeConnectionError: when a transaction begins, if row-level security binds the role: it would see nothing,
             and say nothing.
+        TenantSessionError: before a statement, while a tenant is active.
     """
 
     def __init__(self, *args: Any, role: str | None = None, **kwargs: Any) -> None:
         self._role = role
         super().__init__(*args, **kwargs)
+
+    @override
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """As Session's, asked before each statement; refused for a tenant's code."""
+        _refuse_tenant()
+        return super().get_bind(*args, **kwargs)
+
+
+def _refuse_tenant() -> None:
+    tenant = current_tenant()
+    if tenant is not None:
+        raise TenantSessionError(
+            f"a system session is nobody's, but the running code works for {tenant}.  Read what is needed outside of "
+            "tenant_scope(...), in a task with system=True, and open a tenant session inside of it"
+        )
 
 
 class AsyncSystemSession(AsyncSession):
@@ -301,7 +342,9 @@ class TenantSessions:
             self._loop_engines = LoopEngines(source, **self._async_engine_options)
         elif engine_options or async_engine_options:
             raise ConfigurationError("engine options go with a URL; an Engine has its own already")
-        elif isinstance(source, AsyncEngine) and async_engine is None:
+        elif isinstance(source, AsyncEngine):
+            if async_engine is not None:
+                raise ConfigurationError("async_engine= goes with an Engine; this source is an AsyncEngine already")
             self._async_engine = source
         elif isinstance(source, Engine):
             self._engine = source
@@ -310,7 +353,7 @@ class TenantSessions:
                 "tenant sessions are made from a URL, an Engine, an AsyncEngine, a sessionmaker or an "
                 f"async_sessionmaker, not {type(source).__name__}"
             )
-        for engine in (self._engine, self._async_engine):
+        for engine in (self._engine, self._async_engine, system if isinstance(system, Engine) else None):
             if engine is not None and engine.dialect.name != "postgresql":
                 raise ConfigurationError(f"tenant sessions need PostgreSQL, not {engine.dialect.name}")
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None  # that of the application's AsyncEngine
@@ -322,10 +365,12 @@ class TenantSessions:
         if isinstance(system, str | URL):
             self._system_engine = new_engine(system)
             self._system_loops = LoopEngines(system)
+        elif system is not None and self._system_engine is None:
+            raise ConfigurationError(f"system= takes a URL or an Engine, not {type(system).__name__}")
         for given in (self._engine, self._async_engine, self._system_engine):
             if given is not None:
                 engine = given.sync_engine if isinstance(given, AsyncEngine) else given
-                refuse_pool_without_reset(engine)
+                refuse_unsafe_pool(engine)
                 forget_pool_after_fork(engine)
         self._setting_names = setting_names or SettingNames()
         self._session_class = _tenant_class(session_class)
@@ -365,7 +410,7 @@ class TenantSessions:
         """
         return self._session_class(
             **{"bind": self.engine, **self._options},
-            tenant=tenant,
+            tenant=_tenant(tenant),
             setting_names=self._setting_names,
             transaction=Transaction(**transaction),
         )
@@ -388,10 +433,13 @@ class TenantSessions:
         self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
     ) -> Iterator[Connection]:
         """A Core connection in one transaction of the tenant's: committed at the end, rolled back on any exception."""
-        tenant, options = tenant or require_tenant(), Transaction(**transaction)
+        tenant, options = _tenant(tenant), Transaction(**transaction)
         refuse_other_tenant(tenant)
-        explain_errors(self.engine, self._setting_names)
-        with self.engine.execution_options(**options.execution_options()).begin() as connection:
+        watch(self.engine)
+        with ExitStack() as stack:
+            with _connecting(self.engine):
+                engine = self.engine.execution_options(**options.execution_options())
+                connection = stack.enter_context(engine.begin())
             bind_tenant(connection, tenant, self._setting_names, options)
             yield connection
 
@@ -406,7 +454,7 @@ class TenantSessions:
         """
         if self._async_engine is None and self._loop_engines is not None:
             engine = self._loop_engines.current()
-            refuse_pool_without_reset(engine.sync_engine)
+            refuse_unsafe_pool(engine.sync_engine)
             return engine
         if self._async_engine is None:
             raise ConfigurationError(
@@ -416,7 +464,7 @@ class TenantSessions:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = weakref.ref(loop)
-        if self._loop() is not loop:
+        if self._loop() is not loop and not isinstance(self._async_engine.pool, NullPool):
             raise ConfigurationError(
                 "the AsyncEngine of these sessions has connections of another event loop.  Make them from a URL, so "
                 "that each loop gets an engine of its own"
@@ -432,7 +480,7 @@ class TenantSessions:
             MissingTenantError: no tenant is given, and none is active.
             ConfigurationError: as :meth:`async_engine`, or as for a call.
         """
-        tenant = tenant or require_tenant()
+        tenant = _tenant(tenant)
         return self._async_session_class(
             **{"bind": self.async_engine(), **self._async_options},
             tenant=tenant,
@@ -455,11 +503,14 @@ class TenantSessions:
         self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
     ) -> AsyncIterator[AsyncConnection]:
         """As :meth:`connection`, asynchronous."""
-        tenant, options = tenant or require_tenant(), Transaction(**transaction)
+        tenant, options = _tenant(tenant), Transaction(**transaction)
         refuse_other_tenant(tenant)
         engine = self.async_engine()
-        explain_errors(engine.sync_engine, self._setting_names)
-        async with engine.execution_options(**options.execution_options()).begin() as connection:
+        watch(engine.sync_engine)
+        async with AsyncExitStack() as stack:
+            with _connecting(engine.sync_engine):
+                beginning = engine.execution_options(**options.execution_options()).begin()
+                connection = await stack.enter_async_context(beginning)
             await connection.run_sync(bind_tenant, tenant, self._setting_names, options)
             yield connection
 
@@ -495,9 +546,9 @@ class TenantSessions:
         self, *, reason: str, **transaction: Unpack[TransactionOptions]
     ) -> AsyncIterator[AsyncSystemSession]:
         """As :meth:`system_session`, asynchronous."""
-        self._check_system(reason)
         if self._system_engine is not None and self._system_loops is None:
             raise ConfigurationError("system= is an Engine; give it as a URL for asynchronous system sessions")
+        self._check_system(reason)
         engine = self.async_engine() if self._system_loops is None else self._system_loops.current()
         options = Transaction(**transaction)
         async with AsyncSystemSession(engine, role=self._system_role, transaction=options) as session:
@@ -513,12 +564,7 @@ class TenantSessions:
             )
         if not isinstance(reason, str) or not reason.strip():
             raise TenantSessionError("system_session(reason=...) wants a reason, for whoever reads the log")
-        tenant = current_tenant()
-        if tenant is not None:
-            raise TenantSessionError(
-                f"a system session is nobody's, but the running code works for {tenant}.  Do this work in a task with "
-                "system=True, and open tenant_scope(...) inside of the session"
-            )
+        _refuse_tenant()
         _system_log.info("system session: %s", reason, extra={"reason": reason})
 
     # --- the pools ---------------------------------------------------------------------------------------------
@@ -549,6 +595,7 @@ class TenantSessions:
                 await engines.dispose()
         if self._async_engine is not None:
             await self._async_engine.dispose()
+            self._loop = None  # it may serve another one now
 
 
 _SIZED: Final = frozenset({"pool_size", "max_overflow", "poolclass", "pool"})
@@ -560,7 +607,28 @@ def _taken_apart(maker: Any) -> tuple[Any, Any, dict[str, Any]]:
     engine = options.pop("bind", None)
     if engine is None:
         raise ConfigurationError("a sessionmaker for tenant sessions needs bind=, the Engine")
-    return engine, maker.class_, options
+    inner = options.pop("sync_session_class", None)  # of an async_sessionmaker
+    if inner is None:
+        return engine, maker.class_, options
+    return engine, type(maker.class_.__name__, (maker.class_,), {"sync_session_class": inner}), options
+
+
+def _tenant(given: Any) -> TenantContext:
+    """The tenant that is given, or the active one.
+
+    Raises:
+        MissingTenantError: none is active.
+        InvalidTenantError: it is neither a tenant nor a user of one.
+    """
+    return require_tenant() if given is None else as_tenant(given)
+
+
+def require_sessions(given: object) -> None:
+    """Raise ConfigurationError for what looks like tenant sessions, and would send no tenant."""
+    if given is not None and not isinstance(given, TenantSessions):
+        raise ConfigurationError(
+            f"sessions= takes TenantSessions, not {type(given).__name__}.  Make them from it: TenantSessions(...)"
+        )
 
 
 def _tenant_class(session_class: type[Session]) -> type[TenantSession]:
@@ -587,12 +655,28 @@ def _reaching(session: Session, engine: Engine) -> Iterator[None]:
     """Name the database whose connection a session has asked for and not got."""
     try:
         yield
-    except (OperationalError, OSError) as error:
-        if _BEGUN in session.info or _ASKED not in session.info or isinstance(error, DatabaseUnavailableError):
+    except (DBAPIError, OSError) as error:
+        if _BEGUN in session.info or _ASKED not in session.info:
             raise  # it was reached and something else is wrong, or it is another database's error
-        url = redacted(engine.url)
-        reason = error.orig if isinstance(error, OperationalError) else error
-        raise DatabaseUnavailableError(f"cannot connect to {url}: {reason}", url=url) from error
+        raise _unavailable(engine, error) from error
+
+
+@contextmanager
+def _connecting(engine: Engine) -> Iterator[None]:
+    """Name the database that a block cannot connect to."""
+    try:
+        yield
+    except (DBAPIError, OSError) as error:
+        raise _unavailable(engine, error) from error
+
+
+def _unavailable(engine: Engine, error: DBAPIError | OSError) -> Exception:
+    # What is no error of the connection's is the tenant's: nothing else is sent before a transaction has begun.
+    if isinstance(error, TenantDatabaseError | DatabaseUnavailableError):
+        return error
+    url = redacted(engine.url)
+    reason = error.orig if isinstance(error, DBAPIError) else error
+    return DatabaseUnavailableError(f"cannot connect to {url}: {reason}", url=url)
 
 
 # --- which sessions the running code uses ------------------------------------------------------------------------
@@ -649,5 +733,6 @@ def ambient_sessions() -> TenantSessions:
     if not known:
         raise NotConfiguredError("no tenant sessions are configured.  Call rhesis_tasks.configure(app, database_url)")
     raise NotConfiguredError(
-        f"{len(known)} databases are configured; outside of a task say which: @tenant_session(sessions=...)"
+        f"{len(known)} databases are configured; outside of a task say which: @tenant_session(sessions=...), or let "
+        "the applications share one by configure(app, sessions=...)"
     )

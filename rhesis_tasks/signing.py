@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final
 
 from kombu.serialization import dumps
@@ -42,8 +42,8 @@ class Signer:
     """
 
     def __init__(self, keys: Sequence[str | bytes]) -> None:
-        if isinstance(keys, str | bytes):
-            raise ConfigurationError("signing_keys= takes a list of keys, newest first, not a single one")
+        if isinstance(keys, str | bytes | Mapping | Set) or not isinstance(keys, Iterable):
+            raise ConfigurationError(f"signing_keys= takes a list of keys, newest first, not a {type(keys).__name__}")
         self._keys = tuple(map(_key, keys))
         if not self._keys:
             raise ConfigurationError("signing_keys= is empty.  Leave it out where context shall not be signed")
@@ -72,7 +72,7 @@ class Signer:
         """
         try:
             # As it comes out of a broker: lists for tuples, names that are all text.
-            sent: dict[str, Any] = json.loads(json.dumps(headers))
+            sent: dict[str, Any] = json.loads(json.dumps(headers, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TaskArgumentsError(
                 f"the headers of a signed message hold text, numbers, bool, None, lists and mappings: {error}"
@@ -130,7 +130,7 @@ class SigningProducer:
             if options.get("content_type") is None:
                 written = dumps(body, serializer=options.get("serializer"))
                 options["content_type"], options["content_encoding"], body = written
-            body = body.encode(options["content_encoding"]) if isinstance(body, str) else body
+            body = body.encode() if isinstance(body, str) else body
             signed = {name: options.get(name) for name in _PROPERTIES}
             options["headers"] = self._signer.sign(options["headers"], body, **signed)
         return self._producer.publish(body, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import secrets
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         stack.callback(unconfigure, tasks.app)
         stack.callback(unregister_context_var, tasks.mark)
         stack.callback(tasks.app.close)
+        stack.callback(gc.collect)  # results say goodbye to Redis
         yield tasks
 
 

@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from celery import Celery
 from servers import ON_BOTH_SERVERS
 from sqlalchemy import Connection, Engine, ForeignKey, Uuid, create_engine, event, select, text
 from sqlalchemy.exc import InvalidRequestError, OperationalError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, SingletonThreadPool, StaticPool
 
-from rhesis_tasks import TenantContext, TenantSessions, binding, tenant_scope
+from rhesis_tasks import TenantContext, TenantSessions, binding, configure, tenant_scope, tenant_session
 from rhesis_tasks import sessions as sessions_module
-from rhesis_tasks.errors import ConfigurationError, TenantConflictError, TenantSessionError, UnsafeConnectionError
+from rhesis_tasks.errors import (
+    ConfigurationError,
+    InvalidTenantError,
+    TaskDefinitionError,
+    TenantConflictError,
+    TenantSessionError,
+    UnsafeConnectionError,
+)
 from rhesis_tasks.processes import child, python
 from rhesis_tasks.rls import ORGANIZATION_SETTING
 from rhesis_tasks.sessions import TenantSession
@@ -548,7 +556,8 @@ def test_an_open_session_loads_nothing_for_code_of_another_tenant(
                 return read(db, note, reply)
 
     with monkeypatch.context() as without:
-        without.setattr(sessions_module, "refuse_other_tenant", lambda _: None)
+        for module in (sessions_module, binding):
+            without.setattr(module, "refuse_other_tenant", lambda _: None)
         assert read_as_globex() == "a1"
 
     with pytest.raises(TenantConflictError):
@@ -565,7 +574,8 @@ def test_pending_changes_are_not_written_for_code_of_another_tenant(
                 db.commit()
 
     with monkeypatch.context() as without:
-        without.setattr(sessions_module, "refuse_other_tenant", lambda _: None)
+        for module in (sessions_module, binding):
+            without.setattr(module, "refuse_other_tenant", lambda _: None)
         commit_as_globex("a1")
 
     with pytest.raises(TenantConflictError):
@@ -859,3 +869,101 @@ def test_an_engine_that_two_event_loops_share_fails_or_hangs(notes: Notes, tmp_p
 
     assert lines[:3] == ["a1,a2,a3"] * 3
     assert lines[3].startswith("shared: ")
+
+
+# --- what looks like a tenant session, or lets one be shared -----------------------------------------------------
+
+
+def test_a_maker_or_engine_is_not_taken_for_tenant_sessions(notes: Notes) -> None:
+    engine = create_engine(database_url(notes.url))
+    for lookalike in (sessionmaker(engine), engine):
+        with pytest.raises(ConfigurationError, match="sessions= takes TenantSessions"):
+            tenant_session(sessions=lookalike)  # type: ignore[call-overload]
+        with pytest.raises(ConfigurationError, match="sessions= takes TenantSessions"):
+            configure(Celery("lookalike", set_as_current=False), sessions=lookalike)  # type: ignore[arg-type]
+    engine.dispose()
+
+
+def test_a_bind_that_is_named_for_a_connection_is_looked_at_as_well(notes: Notes, sessions: TenantSessions) -> None:
+    elsewhere = create_engine(database_url(notes.url), poolclass=NullPool)
+    with elsewhere.connect() as connection, sessions(notes.acme, readonly=True) as db:
+        with pytest.raises(TenantSessionError, match="cannot join a Connection"):
+            db.connection(bind_arguments={"bind": connection})
+        with tenant_scope(notes.globex), pytest.raises(TenantConflictError):
+            db.connection(bind_arguments={"bind": sessions.engine})
+        ours = db.connection(bind_arguments={"bind": sessions.engine})
+        assert ours.scalar(text("SHOW transaction_read_only")) == "on"
+        assert db.connection() is ours
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated from connection")
+@pytest.mark.parametrize("ending", ["commit", "rollback"])
+def test_a_transaction_that_is_ended_on_the_connection_itself_is_not_followed_by_one_of_nobodys(
+    notes: Notes, sessions: TenantSessions, ending: str
+) -> None:
+    with Session(sessions.engine) as plain:
+        getattr(plain.connection(), ending)()
+        assert notes.seen(plain) == [], "SQLAlchemy begins another one, and tells no session"
+
+    with sessions(notes.acme) as db:
+        assert notes.seen(db) == notes.of(notes.acme)
+        getattr(db.connection(), ending)()
+        with pytest.raises(TenantSessionError, match=r"db\.commit\(\), not db\.connection"):
+            notes.seen(db)
+        db.rollback()
+        assert notes.seen(db) == notes.of(notes.acme)
+
+
+@pytest.mark.parametrize("pool", [StaticPool, SingletonThreadPool])
+def test_a_pool_that_lends_one_connection_to_two_sessions_is_refused(notes: Notes, pool: Any) -> None:
+    engine = create_engine(database_url(notes.url), poolclass=pool)
+    with engine.begin() as one, engine.connect() as other:
+        one.execute(
+            text("SELECT set_config('app.current_organization', :id, true)"), {"id": notes.acme.organization_id}
+        )
+        assert notes.seen(other) == notes.of(notes.acme), "the same connection, in the other's transaction"
+    for source in (engine, notes.url):
+        options = {"poolclass": pool} if source is notes.url else {}
+        with pytest.raises(ConfigurationError, match="one's tenant would become the other's"):
+            TenantSessions(source, **options)  # type: ignore[arg-type]
+    engine.dispose()
+
+
+def test_a_core_connection_serves_no_other_tenants_code(notes: Notes, sessions: TenantSessions) -> None:
+    with sessions.connection(notes.acme) as connection:
+        with tenant_scope(notes.globex), pytest.raises(TenantConflictError):
+            notes.seen(connection)
+        assert notes.seen(connection) == notes.of(notes.acme)
+
+
+def test_a_tenant_is_a_tenant_or_a_user_of_one(notes: Notes, sessions: TenantSessions) -> None:
+    class User:
+        id = "alice"
+        organization_id = notes.acme.organization_id
+
+    with sessions(User()) as db:  # type: ignore[arg-type]
+        assert (db.tenant, notes.seen(db)) == (notes.acme, notes.of(notes.acme))
+    with tenant_scope(notes.acme):
+        for wrong in ("", "acme", 7):
+            with pytest.raises(InvalidTenantError), sessions.connection(wrong):  # type: ignore[arg-type]
+                pass
+
+
+def test_a_function_that_returns_what_runs_later_gets_no_session(notes: Notes, sessions: TenantSessions) -> None:
+    async def later(db: Session) -> None: ...
+
+    @tenant_session(sessions=sessions)
+    def now(db: Session) -> Any:
+        return later(db)
+
+    with tenant_scope(notes.acme), pytest.raises(TaskDefinitionError, match="runs when the session is closed"):
+        now()
+
+
+def test_a_system_session_serves_no_tenants_code(notes: Notes, superuser: Engine) -> None:
+    sessions = TenantSessions(notes.url, system=superuser)
+    with sessions.system_session(reason="a test") as db:
+        assert notes.seen(db) == [*notes.of(notes.acme), *notes.of(notes.globex)]
+        with tenant_scope(notes.acme), pytest.raises(TenantSessionError, match="a system session is nobody's"):
+            notes.seen(db)
+    sessions.dispose()

@@ -16,6 +16,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, tenant_session
+from rhesis_tasks.binding import SettingNames
 from rhesis_tasks.errors import (
     ConfigurationError,
     MissingTenantError,
@@ -447,3 +448,10 @@ def test_a_decorated_function_works_in_a_thread_of_an_event_loop(sessions: Recor
         return await asyncio.to_thread(owner)
 
     assert asyncio.run(main()) == "acme"
+
+
+def test_settings_that_the_database_takes_for_one_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="its own name"):
+        SettingNames(organization="app.tenant", user="APP.tenant")
+    with pytest.raises(ConfigurationError, match=r"named like 'app\.current_organization', not None"):
+        SettingNames(organization=None)  # type: ignore[arg-type]

@@ -28,10 +28,12 @@ from rhesis_tasks.errors import (
 )
 from rhesis_tasks.processes import free_port
 from rhesis_tasks.sessions import AsyncTenantSession, TenantSession
-from rhesis_tasks.settings import database_url
+from rhesis_tasks.settings import database_url, quote_identifier
 
 if TYPE_CHECKING:
     from conftest import Notes
+
+    from rhesis_tasks.testing import TenantDatabase
 
 SEEN = text("SELECT body FROM note ORDER BY body")
 CURRENT = text("SELECT current_setting('app.current_organization', true)")
@@ -304,3 +306,51 @@ def test_an_unreachable_database_is_named(url: str, notes: Notes) -> None:
         assert "hidden" not in str(error.value)
 
     asyncio.run(main())
+
+
+def test_an_applications_async_engine_may_go_to_another_loop_once_it_is_disposed_of(notes: Notes, url: str) -> None:
+    sessions = TenantSessions(create_async_engine(url))
+
+    async def look() -> list[str]:
+        try:
+            async with sessions.async_begin(notes.acme) as db:
+                return await seen(db)
+        finally:
+            await sessions.async_dispose()
+
+    assert [asyncio.run(look()) for _ in range(2)] == [notes.of(notes.acme)] * 2
+
+
+def test_a_maker_may_name_the_session_inside(notes: Notes, url: str) -> None:
+    async def main() -> None:
+        engine = create_async_engine(url)
+        async with TenantSessions(async_sessionmaker(engine, sync_session_class=Labelled)).async_begin(
+            notes.acme
+        ) as db:
+            assert isinstance(db.sync_session, Labelled)
+            assert await seen(db) == notes.of(notes.acme)
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_takes_no_connections_is_called_unavailable(
+    notes: Notes, url: str, tenant_database: TenantDatabase
+) -> None:
+    name = quote_identifier(make_url(url).database)
+
+    async def main() -> None:
+        sessions = TenantSessions(url)
+        with pytest.raises(DatabaseUnavailableError, match="is not currently accepting connections"):
+            async with sessions.async_begin(notes.acme) as db:
+                await seen(db)
+        with pytest.raises(DatabaseUnavailableError):
+            async with sessions.async_connection(notes.acme):
+                pass
+
+    with tenant_database.admin.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        try:
+            asyncio.run(main())
+        finally:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")

@@ -452,3 +452,14 @@ def test_unconfiguring_brings_celerys_own_defaults_back(bare: Celery, read: str)
 
     assert {key: bare.conf[key] for key in DEFAULTS} == celerys
     assert "rhesis_tasks_schema" not in bare.conf
+
+
+def test_unconfigure_puts_back_a_send_task_of_the_applications_own(make_app: Any) -> None:
+    app = make_app(configured=False)
+    own = app.send_task
+    app.send_task = own
+    configure(app)
+    assert app.send_task is not own
+
+    unconfigure(app)
+    assert app.send_task is own

@@ -27,7 +27,7 @@ from rhesis_tasks import (
     launch_with_context,
     tenant_scope,
 )
-from rhesis_tasks.errors import SignatureError, TaskArgumentsError, TaskDefinitionError
+from rhesis_tasks.errors import ConfigurationError, SignatureError, TaskArgumentsError, TaskDefinitionError
 from rhesis_tasks.guard import Guard, refuse_to_start
 from rhesis_tasks.headers import HEADER, Envelope, encode
 from rhesis_tasks.signing import Signer
@@ -532,3 +532,14 @@ def test_no_garbage_is_ever_accepted(header: Any, more: dict[str, Any], body: by
 
 def test_a_signer_does_not_show_its_keys() -> None:
     assert "key" not in repr(Signer([NEW, OLD])).replace("2 keys", "")
+
+
+@pytest.mark.parametrize("keys", [None, 5, {"a key of 16 bytes", "another of those"}, {"a key of 16 bytes": 1}])
+def test_keys_that_are_no_list_are_refused(keys: Any) -> None:
+    with pytest.raises(ConfigurationError, match="takes a list of keys, newest first"):
+        Signer(keys)
+
+
+def test_a_number_that_no_broker_carries_is_refused_where_it_is_given(app: Celery) -> None:
+    with tenant_scope(ACME), pytest.raises(TaskArgumentsError, match="Out of range"):
+        task(app, "note").apply_async(headers={"ratio": float("nan")})

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, tenant_session
@@ -21,6 +24,7 @@ from rhesis_tasks.errors import (
     ConfigurationError,
     MissingTenantError,
     NotConfiguredError,
+    PolicyViolationError,
     TaskArgumentsError,
     TaskDefinitionError,
 )
@@ -455,3 +459,31 @@ def test_settings_that_the_database_takes_for_one_are_refused() -> None:
         SettingNames(organization="app.tenant", user="APP.tenant")
     with pytest.raises(ConfigurationError, match=r"named like 'app\.current_organization', not None"):
         SettingNames(organization=None)  # type: ignore[arg-type]
+
+
+def test_what_is_no_login_of_the_system_is_refused() -> None:
+    for wrong in (5, create_async_engine("postgresql+psycopg://app@localhost/shop")):
+        with pytest.raises(ConfigurationError, match="system= takes a URL or an Engine"):
+            TenantSessions("postgresql://app@localhost/shop", system=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="this source is an AsyncEngine already"):
+        TenantSessions(
+            create_async_engine("postgresql+psycopg://app@localhost/shop"),
+            async_engine=create_async_engine("postgresql+psycopg://app@localhost/shop"),
+        )
+
+
+def test_a_partial_function_gets_the_session_too(sessions: RecordedSessions) -> None:
+    def function(number: int, db: Session) -> tuple[int, Session]:
+        return number, db
+
+    with tenant_scope(TenantContext("acme")):
+        number, db = tenant_session(sessions=sessions)(functools.partial(function, 1))()
+
+    assert (number, db.tenant.organization_id) == (1, "acme")
+
+
+def test_an_error_of_the_database_keeps_its_tenant_when_it_is_pickled() -> None:
+    error = PolicyViolationError("no", tenant=TenantContext("acme"), statement="INSERT ...", orig=ValueError("driver"))
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+
+    assert (str(copy), copy.tenant, copy.statement) == ("no", TenantContext("acme"), "INSERT ...")

@@ -117,13 +117,15 @@ def install(app: Celery, signer: Signer | None = None) -> None:
             args = (args[0], bound_options({"chord": args[1]}, carrier(envelope), app)["chord"], *args[2:])
         options["headers"] = with_context(headers, envelope)
         # A retry has its record, and writes its own state.
-        keeps_record = not (options.get("ignore_result") or options.get("retries"))
+        keeps_record = not (options.get("ignore_result") or options.get("retries")) and records(app)
         send_task = own or functools.partial(type(app).send_task, app)
+        if signer is None and not keeps_record and envelope.tenant is current_tenant():
+            return send_task(name, args, kwargs, countdown, eta, task_id, producer, connection, *more, **options)
         # A message bound to another tenant (a part of a canvas, a retry), or to none, is recorded as such.
         with (
             _NOTHING if signer is None else _signing(app, signer, producer, connection) as signing,
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
-            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record and records(app) else _NOTHING,
+            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record else _NOTHING,
         ):
             if signing is not None:
                 producer, connection = signing, None  # with a connection, Celery would make another producer

@@ -104,6 +104,7 @@ RESERVED_LOG_FIELDS: Final = frozenset(
 )
 
 _registered: dict[str, RegisteredVar] = {}
+_read_only: Final = MappingProxyType(_registered)
 
 
 def register_context_var(
@@ -183,7 +184,7 @@ def unregister_context_var(var: ContextVar[Any] | type[ContextVarsRegistry]) -> 
 
 def registered_vars() -> Mapping[str, RegisteredVar]:
     """The registered variables by name."""
-    return MappingProxyType(_registered)
+    return _read_only
 
 
 class Activation:

@@ -137,10 +137,8 @@ def _check_form(request: Mapping[str, Any], body: Any) -> None:
     get = request.get
     if not isinstance(args, _LIST) or not isinstance(kwargs, dict):
         raise TypeError("the arguments are no list and mapping")
-    task_id, retries, limits, stamped = request["id"], get("retries"), get("timelimit"), get("stamped_headers")
-    if not isinstance(task_id, str) or "\0" in task_id:
-        raise TypeError(f"the id cannot be stored: {task_id!r:.80}")
-    task_id.encode()  # raises ValueError for a lone surrogate, which cannot be stored either
+    retries, limits, stamped = get("retries"), get("timelimit"), get("stamped_headers")
+    _check_id(request["id"])
     if retries is not None and not isinstance(retries, int):
         raise TypeError("the number of retries is no number")
     if stamped is not None and not isinstance(stamped, _LIST):
@@ -156,6 +154,13 @@ def _check_form(request: Mapping[str, Any], body: Any) -> None:
         raise ValueError("it has a header named 'get', which would hide the method")
     if embedded is not None:
         _check_embedded(embedded)
+
+
+def _check_id(task_id: Any) -> None:
+    """Raise TypeError or ValueError for an id that cannot be stored."""
+    if not isinstance(task_id, str) or "\0" in task_id:
+        raise TypeError(f"the id cannot be stored: {task_id!r:.80}")
+    task_id.encode()  # raises ValueError for a lone surrogate
 
 
 def _check_embedded(embedded: dict[str, Any]) -> None:
@@ -175,6 +180,7 @@ def _instead_of(headers: Mapping[str, Any], app: Celery) -> dict[str, Any]:
         task_id,
         extra={"refused_task_name": name, "refused_task_id": task_id},
     )
+    _check_id(task_id)
     if not records(app) and _has_result(app, task_id):
         raise InvalidTaskError("it is not signed, and its failure would take the place of a result")
     return {"task": name, "id": task_id, "lang": "py", HEADER: dict(REFUSED)}

@@ -655,6 +655,8 @@ def _reaching(session: Session, engine: Engine) -> Iterator[None]:
     """Name the database whose connection a session has asked for and not got."""
     try:
         yield
+    except (TenantDatabaseError, DatabaseUnavailableError):
+        raise  # says already what is wrong
     except (DBAPIError, OSError) as error:
         if _BEGUN in session.info or _ASKED not in session.info:
             raise  # it was reached and something else is wrong, or it is another database's error
@@ -670,10 +672,7 @@ def _connecting(engine: Engine) -> Iterator[None]:
         raise _unavailable(engine, error) from error
 
 
-def _unavailable(engine: Engine, error: DBAPIError | OSError) -> Exception:
-    # What is no error of the connection's is the tenant's: nothing else is sent before a transaction has begun.
-    if isinstance(error, TenantDatabaseError | DatabaseUnavailableError):
-        return error
+def _unavailable(engine: Engine, error: DBAPIError | OSError) -> DatabaseUnavailableError:
     url = redacted(engine.url)
     reason = error.orig if isinstance(error, DBAPIError) else error
     return DatabaseUnavailableError(f"cannot connect to {url}: {reason}", url=url)

@@ -1,6 +1,7 @@
 """The tenant travels with the work: Celery tasks, FastAPI routes and SQLAlchemy sessions that cannot lose it."""
 
 from .app import configure, unconfigure
+from .batch import BatchOutcome, run_batch
 from .context import TenantContext, current_tenant, require_tenant, tenant_scope
 from .headers import context_headers
 from .injection import tenant_session
@@ -21,6 +22,8 @@ __all__ = [
     "launch_with_context",
     "alaunch_with_context",
     "RetryPolicy",
+    "run_batch",
+    "BatchOutcome",
     # who we are working for
     "TenantContext",
     "current_tenant",

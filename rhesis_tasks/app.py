@@ -13,6 +13,7 @@ from celery.app.defaults import SETTING_KEYS
 from . import logs, propagation
 from .errors import ConfigurationError
 from .guard import Guard
+from .loops import loop_factory
 from .sessions import TenantSessions, require_sessions, sessions_of, use_sessions
 from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
@@ -49,6 +50,7 @@ class _Configuration:
     broker_url: str | None
     result_backend: str | None
     schema: str
+    event_loop: str
     sessions: TenantSessions | None
     signing_keys: str | None  # their fingerprint
     overrides: tuple[tuple[str, Any], ...]
@@ -69,6 +71,7 @@ def configure(
     sessions: TenantSessions | None = None,
     signing_keys: Sequence[str | bytes] = (),
     schema: str | None = None,
+    event_loop: str = "asyncio",
     **overrides: Any,
 ) -> None:
     """Make a Celery application tenant-aware.  Call it right after ``Celery(...)``.
@@ -87,16 +90,18 @@ def configure(
         signing_keys: secrets of at least 16 bytes, newest first, the same for publishers and workers.  With them the
             context is signed, and a task whose context is not, or by nobody who has a key, never runs.
         schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
+        event_loop: what runs ``async def`` tasks: ``asyncio``, or ``uvloop`` (extra ``uvloop``).
         **overrides: any Celery setting by its lower-case name.
 
     Raises:
         ConfigurationError: the application is in use already, was configured otherwise, or a URL is wrong.
-        MissingExtraError: a PostgreSQL URL is given and psycopg is not installed.
+        MissingExtraError: a PostgreSQL URL is given and psycopg is not installed, or uvloop is not.
     """
     unknown = sorted(set(overrides) - SETTING_KEYS)
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
     require_sessions(sessions)
+    loop_factory(event_loop)
     signer = None if signing_keys == () else Signer(signing_keys)
     environ = os.environ
     database_url = database_url or environ.get("DATABASE_URL") or None
@@ -109,6 +114,7 @@ def configure(
         broker,
         results,
         schema_name(schema),
+        event_loop,
         sessions,
         signer.fingerprint if signer else None,
         tuple(sorted(overrides.items())),
@@ -169,7 +175,7 @@ def _apply_settings(
 ) -> None:
     broker = wanted.broker_url or wanted.database_url
     results = wanted.result_backend or wanted.database_url
-    defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema}
+    defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema, "rhesis_tasks_event_loop": wanted.event_loop}
     if wanted.schema != DEFAULT_SCHEMA:
         # For a broker URL that is not given here (-b, CELERY_BROKER_URL, the application's own).
         defaults["broker_transport_options"] = {"default_schema": wanted.schema}

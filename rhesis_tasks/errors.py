@@ -16,7 +16,9 @@ __all__ = [
     "ContextError",
     "DatabaseUnavailableError",
     "HeaderError",
+    "InvalidProgressError",
     "InvalidTenantError",
+    "LeftoverError",
     "MissingExtraError",
     "MissingPrivilegeError",
     "MissingTenantError",
@@ -30,6 +32,7 @@ __all__ = [
     "SettingValueError",
     "SignatureError",
     "TaskArgumentsError",
+    "TaskCancelledError",
     "TaskDefinitionError",
     "TenantConflictError",
     "TenantDatabaseError",
@@ -118,6 +121,18 @@ class TaskDefinitionError(RhesisTasksError, TypeError):
 
 class TaskArgumentsError(RhesisTasksError, TypeError):
     """The arguments do not fit the task's signature."""
+
+
+class InvalidProgressError(RhesisTasksError, ValueError):
+    """A task's progress is reported in numbers that are none."""
+
+
+class TaskCancelledError(RhesisTasksError):
+    """The coroutine of a task was cancelled from inside of the task."""
+
+
+class LeftoverError(RhesisTasksError, RuntimeError):
+    """Something that an earlier task has left behind was to be started."""
 
 
 class MissingPrivilegeError(ConfigurationError):

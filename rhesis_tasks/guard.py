@@ -1,4 +1,4 @@
-"""What a worker looks at before Celery looks for a message's task; and, where context is signed, before it starts.
+"""What a worker looks at before it starts, and before Celery looks for a message's task.
 
 A step of the consumer's, added to the application's blueprint.  What becomes of the message of a task that is known is
 :mod:`rhesis_tasks.request`'s.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from celery import Celery
     from kombu.message import Message
 
-__all__ = ["Guard", "refuse_to_start"]
+__all__ = ["Guard", "refuse_async_tasks", "refuse_to_start"]
 
 _log = logging.getLogger(__name__)
 _security = logging.getLogger("rhesis_tasks.security")
@@ -40,6 +40,7 @@ class Guard(bootsteps.StartStopStep):
 
     @override
     def start(self, parent: Any) -> None:
+        refuse_async_tasks(parent.app, type(parent.pool).__module__.rpartition(".")[2])
         if signer_of(parent.app) is not None:
             refuse_to_start(parent.app)
             if getattr(parent, "gossip", None) is not None:
@@ -61,6 +62,24 @@ class Guard(bootsteps.StartStopStep):
             return message.reject_log_error(_log, parent.connection_errors)
 
         return on_task_received
+
+
+def refuse_async_tasks(app: Celery, pool: str) -> None:
+    """Check that a pool can run the application's tasks.
+
+    Raises:
+        SystemExit: there are ``async def`` tasks, and the pool has one thread for all of its greenlets: it could run
+            one event loop.
+    """
+    if pool not in ("gevent", "eventlet"):
+        return
+    app.finalize()
+    found = sorted(name for name, task in app.tasks.items() if getattr(task, "is_async", False))
+    if found:
+        raise SystemExit(
+            f"application {app.main!r} has async def tasks, which a {pool} worker cannot run: {', '.join(found)}.  "
+            "Start it with --pool prefork, threads or solo, or do not import them there"
+        )
 
 
 def refuse_to_start(app: Celery) -> None:

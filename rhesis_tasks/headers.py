@@ -26,6 +26,7 @@ __all__ = [
     "MAX_BYTES",
     "REFUSED",
     "Envelope",
+    "Progress",
     "RequestState",
     "capture",
     "carried_by",
@@ -62,6 +63,15 @@ class Envelope:
         return self.tenant is not None or bool(self.variables)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a task says it is."""
+
+    done: int
+    total: int | None
+    message: str
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class RequestState:
     """What is known of a task's request while it is dealt with.  Kept on the request, never keyed by task id."""
@@ -72,7 +82,10 @@ class RequestState:
     tenant: TenantContext | None  #: whose the record is
     refusal: ContextError | None = None  #: why nothing may be done for the message
     is_running: bool = False  #: its body is
+    awaits_body: bool = False  #: ... about to be called, and its result is waited for
     has_retried: bool = False  #: its body has called self.retry()
+    progress: Progress | None = None  #: as its body has reported it last
+    reporter: Any = None  #: what has written it
     before: RequestState | None = None  #: of the request that runs around it, in eager mode
 
 

@@ -53,6 +53,8 @@ class RetryPolicy:
         cap: the largest bound, in seconds.
         retry_on: exception classes that are worth another attempt.
         give_up_on: exception classes that never are, also when ``retry_on`` names a base of theirs.
+        retry_after: how many seconds an exception asks to wait at least (an HTTP ``Retry-After``), or None.  The
+            backoff comes on top, so that not all that were sent away come back at once; together at most ``cap``.
 
     Raises:
         ConfigurationError: a value makes no sense.
@@ -64,6 +66,7 @@ class RetryPolicy:
     cap: float = 600.0
     retry_on: ExceptionTypes = (Exception,)
     give_up_on: ExceptionTypes = ()
+    retry_after: Callable[[BaseException], float | None] | None = None
 
     def __post_init__(self) -> None:
         if type(self.max_retries) is not int or self.max_retries < 0:
@@ -76,6 +79,8 @@ class RetryPolicy:
                 raise ConfigurationError(f"{name} must be {least:g} or more, not {value!r}")
         for name in ("retry_on", "give_up_on"):
             object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
+        if self.retry_after is not None and not callable(self.retry_after):
+            raise ConfigurationError(f"retry_after must be a function of an exception, not {self.retry_after!r}")
 
     def decide(self, error: BaseException, retries: int, *, rng: Callable[[], float] = random.random) -> Decision:
         """What to do after an attempt failed.
@@ -91,7 +96,14 @@ class RetryPolicy:
             return GiveUp(f"{type(error).__name__} is not listed in retry_on")
         if retries >= self.max_retries:
             return GiveUp(f"all {self.max_retries} retries are used up")
-        return RetryLater(rng() * self.bound(retries))
+        return RetryLater(min(self.cap, self._asked_for(error) + rng() * self.bound(retries)))
+
+    def _asked_for(self, error: BaseException) -> float:
+        """Seconds that the exception asks to wait; 0 if it says nothing that can be understood."""
+        asked = None if self.retry_after is None else self.retry_after(error)
+        if isinstance(asked, bool) or not isinstance(asked, int | float) or not _finite(asked):
+            return 0.0
+        return max(0.0, asked)
 
     def bound(self, retries: int) -> float:
         """The longest wait before the next retry, in seconds."""

@@ -8,7 +8,6 @@ ignored (autocommit, a superuser, a borrowed transaction) is refused before any 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -26,7 +25,6 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
 )
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
-from sqlalchemy.pool import NullPool
 from typing_extensions import override
 
 from .binding import (
@@ -48,7 +46,7 @@ from .errors import (
     TenantSessionError,
     UnsafeConnectionError,
 )
-from .postgres.engines import LoopEngines, forget_pool_after_fork, new_engine
+from .postgres.engines import LoopEngines, OneLoopEngine, forget_pool_after_fork, new_engine
 from .settings import redacted
 
 if TYPE_CHECKING:
@@ -333,19 +331,18 @@ class TenantSessions:
         self._url: str | URL | None = None
         self._engine_options = engine_options
         self._engine: Engine | None = None
-        self._async_engine = async_engine
-        self._loop_engines: LoopEngines | None = None
+        self._async_engines: LoopEngines | OneLoopEngine | None = None
         if isinstance(source, str | URL):
             self._url = source
             self._engine = new_engine(source, **engine_options)
             self._async_engine_options = {**engine_options, **(async_engine_options or {})}
-            self._loop_engines = LoopEngines(source, **self._async_engine_options)
+            self._async_engines = LoopEngines(source, **self._async_engine_options)
         elif engine_options or async_engine_options:
             raise ConfigurationError("engine options go with a URL; an Engine has its own already")
         elif isinstance(source, AsyncEngine):
             if async_engine is not None:
                 raise ConfigurationError("async_engine= goes with an Engine; this source is an AsyncEngine already")
-            self._async_engine = source
+            async_engine = source
         elif isinstance(source, Engine):
             self._engine = source
         else:
@@ -353,10 +350,9 @@ class TenantSessions:
                 "tenant sessions are made from a URL, an Engine, an AsyncEngine, a sessionmaker or an "
                 f"async_sessionmaker, not {type(source).__name__}"
             )
-        for engine in (self._engine, self._async_engine, system if isinstance(system, Engine) else None):
+        for engine in (self._engine, async_engine, system if isinstance(system, Engine) else None):
             if engine is not None and engine.dialect.name != "postgresql":
                 raise ConfigurationError(f"tenant sessions need PostgreSQL, not {engine.dialect.name}")
-        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None  # that of the application's AsyncEngine
         if system is not None and system_role is not None:
             raise ConfigurationError("system= is another login, system_role= a role of the same; give one of them")
         self._system_role = system_role
@@ -367,17 +363,19 @@ class TenantSessions:
             self._system_loops = LoopEngines(system)
         elif system is not None and self._system_engine is None:
             raise ConfigurationError(f"system= takes a URL or an Engine, not {type(system).__name__}")
-        for given in (self._engine, self._async_engine, self._system_engine):
+        for given in (self._engine, async_engine, self._system_engine):
             if given is not None:
                 engine = given.sync_engine if isinstance(given, AsyncEngine) else given
                 refuse_unsafe_pool(engine)
                 forget_pool_after_fork(engine)
+        if async_engine is not None:
+            self._async_engines = OneLoopEngine(async_engine)
         self._setting_names = setting_names or SettingNames()
         self._session_class = _tenant_class(session_class)
         self._async_session_class = _async_tenant_class(async_session_class)
 
     def __repr__(self) -> str:
-        engine = self._engine or self._async_engine
+        engine = self._engine or getattr(self._async_engines, "engine", None)
         return f"TenantSessions({redacted(engine.url)!r})" if engine else "TenantSessions()"
 
     # --- synchronous -------------------------------------------------------------------------------------------
@@ -452,24 +450,14 @@ class TenantSessions:
             ConfigurationError: they are made from an Engine, or the application's AsyncEngine serves another loop.
             RuntimeError: no event loop is running.
         """
-        if self._async_engine is None and self._loop_engines is not None:
-            engine = self._loop_engines.current()
-            refuse_unsafe_pool(engine.sync_engine)
-            return engine
-        if self._async_engine is None:
+        if self._async_engines is None:
             raise ConfigurationError(
                 "these sessions are synchronous: they were made from an Engine.  Make them from a URL, or give them "
                 "async_engine=... as well, to have both"
             )
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop = weakref.ref(loop)
-        if self._loop() is not loop and not isinstance(self._async_engine.pool, NullPool):
-            raise ConfigurationError(
-                "the AsyncEngine of these sessions has connections of another event loop.  Make them from a URL, so "
-                "that each loop gets an engine of its own"
-            )
-        return self._async_engine
+        engine = self._async_engines.current()
+        refuse_unsafe_pool(engine.sync_engine)
+        return engine
 
     def async_session(
         self, tenant: TenantContext | None = None, **transaction: Unpack[TransactionOptions]
@@ -580,7 +568,7 @@ class TenantSessions:
         self.engine.dispose()
         self._engine = new_engine(self._url, **self._engine_options, **size)
         if not _SIZED & set(self._async_engine_options):
-            self._loop_engines = LoopEngines(self._url, **size, **self._async_engine_options)
+            self._async_engines = LoopEngines(self._url, **size, **self._async_engine_options)
 
     def dispose(self) -> None:
         """Close the pooled connections of synchronous sessions."""
@@ -590,12 +578,9 @@ class TenantSessions:
 
     async def async_dispose(self) -> None:
         """Close the pooled connections of the running event loop's asynchronous sessions."""
-        for engines in (self._loop_engines, self._system_loops):
+        for engines in (self._async_engines, self._system_loops):
             if engines is not None:
                 await engines.dispose()
-        if self._async_engine is not None:
-            await self._async_engine.dispose()
-            self._loop = None  # it may serve another one now
 
 
 _SIZED: Final = frozenset({"pool_size", "max_overflow", "poolclass", "pool"})

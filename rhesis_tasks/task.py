@@ -1,14 +1,17 @@
 """What a task is: ContextTask carries the context, BaseTask also insists on it.
 
 ``configure()`` makes :class:`ContextTask` the class of every task of an application, Celery's own included.
-Applications subclass, or name as ``base=``, :class:`BaseTask`.
+Applications subclass, or name as ``base=``, :class:`BaseTask`.  The body of either may be ``async def``.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from celery import Task
@@ -16,10 +19,12 @@ from celery._state import _task_stack  # type: ignore[attr-defined]  # left out 
 from celery.exceptions import Ignore, Reject, Retry
 from typing_extensions import override
 
+from .batch import BatchOutcome, Items, ItemT, ResultT, run_batch
 from .context import TenantContext, current_tenant, exactly, require_tenant
-from .errors import MissingTenantError, NotConfiguredError, SignatureError, TaskDefinitionError
-from .headers import RequestState, state_of
+from .errors import MissingTenantError, NotConfiguredError, NotSupportedError, SignatureError, TaskDefinitionError
+from .headers import Progress, RequestState, running, state_of
 from .logs import TaskLogger
+from .loops import LoopFactory, loop_factory, run_coroutine
 from .otel import mark_current_span
 from .propagation import (
     as_launched,
@@ -28,12 +33,14 @@ from .propagation import (
     is_installed,
     outgoing_envelope,
     outgoing_tenant,
+    records,
     renew,
     running_state,
     with_context,
 )
-from .retry import DEFAULT, RetryLater, RetryPolicy
-from .sessions import TenantSession, TransactionOptions, sessions_of
+from .reporting import Reporter, checked_progress
+from .retry import DEFAULT, NO_RETRY, RetryLater, RetryPolicy
+from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, sessions_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -50,10 +57,19 @@ def _is_plain_call(request: Context) -> bool:
 
 
 class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
-    """A task that carries the context."""
+    """A task that carries the context.
+
+    Attributes:
+        is_async: whether its body is ``async def``.
+        cleanup_grace: seconds that the coroutines of such a body get to clean up when they are cancelled: all of them
+            by the soft time limit, those that it has left behind at its end.
+    """
 
     abstract = True
     Request = "rhesis_tasks.request:ContextRequest"
+
+    is_async: ClassVar[bool] = False
+    cleanup_grace: ClassVar[float] = 5.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,7 +94,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         return self._run_body(state, args, kwargs)
 
     def _run_body(self, state: RequestState, args: Any, kwargs: Any) -> Any:
-        state.is_running = True
+        state.is_running, state.awaits_body = True, self.is_async
         mark_current_span()
         try:
             return self.run(*args, **kwargs)
@@ -88,18 +104,48 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def _call_directly(self, args: Any, kwargs: Any) -> Any:
         """As a plain function, with a request that names the active tenant."""
         tenant = current_tenant()
-        _task_stack.push(self)
-        self.push_request(
+        direct = _DirectRequest(
+            self,
             args=args,
             kwargs=kwargs,
             organization_id=tenant.organization_id if tenant else None,
             user_id=tenant.user_id if tenant else None,
         )
-        try:
-            return self.run(*args, **kwargs)
-        finally:
-            self.pop_request()
-            _task_stack.pop()
+        with direct:
+            returned = self.run(*args, **kwargs)
+            if not self.is_async:
+                return returned
+        if running.get() is not None and asyncio._get_running_loop() is None:
+            # By a task that awaits nothing (celery.map, a synchronous body), and so wants the result.
+            with direct:
+                return self._run_coroutine(returned)
+        return _awaited(tenant, direct, returned)
+
+    def _run_coroutine(self, coroutine: Any) -> Any:
+        return run_coroutine(coroutine, name=self.name, grace=self.cleanup_grace, factory=self._loop_factory)
+
+    @functools.cached_property
+    def _loop_factory(self) -> LoopFactory:
+        return loop_factory(self.app.conf.get("rhesis_tasks_event_loop") or "asyncio")
+
+    @classmethod
+    @override
+    def on_bound(cls, app: Celery) -> None:
+        """Let a body that is ``async def`` be run, when the task is made.
+
+        Raises:
+            TaskDefinitionError: the body is a generator, or ``cleanup_grace`` is no time.
+        """
+        super().on_bound(app)
+        body = inspect.unwrap(cls.run)
+        if inspect.isasyncgenfunction(body):
+            raise TaskDefinitionError(f"the body of task {cls.name} is an asynchronous generator; let it return a list")
+        if inspect.iscoroutinefunction(body) and not hasattr(cls.run, "awaits"):
+            grace = cls.cleanup_grace
+            if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
+                raise TaskDefinitionError(f"cleanup_grace of task {cls.name} must be seconds, not {grace!r}")
+            cls.is_async = True
+            cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"))  # type: ignore[method-assign]
 
     @override
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
@@ -144,6 +190,74 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
+
+
+def _run_if_awaited(run: Any) -> Any:
+    """A body that is ``async def`` as Celery calls it: what it returns is run if a task is to run, and not a function.
+
+    In place of the body, so that what Celery wraps around it (``autoretry_for``) sees how it ends.
+    """
+    function: Callable[..., Any] = run.__func__ if isinstance(run, staticmethod) else run
+
+    @functools.wraps(function)
+    def run_or_return(*args: Any, **kwargs: Any) -> Any:
+        state = running.get()
+        returned = function(*args, **kwargs)
+        if state is None or not state.awaits_body:
+            return returned
+        state.awaits_body = False
+        task: Any = state.task
+        return task._run_coroutine(returned)
+
+    run_or_return.awaits = True  # type: ignore[attr-defined]
+    return staticmethod(run_or_return) if isinstance(run, staticmethod) else run_or_return
+
+
+class _DirectRequest:
+    """The request of a task that is called as a function, there while its code runs in this thread."""
+
+    def __init__(self, task: ContextTask, **request: Any) -> None:
+        self._task = task
+        self._request = request
+
+    def __enter__(self) -> None:
+        _task_stack.push(self._task)
+        self._task.push_request(**self._request)
+
+    def __exit__(self, *_: object) -> None:
+        self._task.pop_request()
+        _task_stack.pop()
+
+
+class _Stepwise:
+    """Awaits a coroutine with a request that is there while it runs, and not while it waits and others run."""
+
+    def __init__(self, direct: _DirectRequest, coroutine: Awaitable[Any]) -> None:
+        self._direct = direct
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps: Any = self._coroutine.__await__()
+        step, value = steps.send, None
+        while True:
+            try:
+                with self._direct:
+                    awaited = step(value)
+            except StopIteration as end:
+                return end.value
+            try:
+                step, value = steps.send, (yield awaited)
+            except GeneratorExit:
+                with self._direct:
+                    steps.close()
+                raise
+            except BaseException as error:
+                step, value = steps.throw, error
+
+
+async def _awaited(tenant: TenantContext | None, direct: _DirectRequest, coroutine: Awaitable[Any]) -> Any:
+    with exactly(tenant):
+        return await _Stepwise(direct, coroutine)
 
 
 class BaseTask(ContextTask):
@@ -196,6 +310,9 @@ class BaseTask(ContextTask):
         The caller commits, as often as it likes, and closes; ``with self.get_db_session() as db:`` closes.
         For one transaction around the whole task use :func:`~rhesis_tasks.tenant_session`.
 
+        Where an event loop runs, in an ``async def`` body, it is an AsyncTenantSession as by
+        :meth:`get_async_db_session`, which type checkers understand: ``async with self.get_db_session() as db:``.
+
         Args:
             **transaction: how its transactions are begun: ``readonly``, ``isolation_level``, ``statement_timeout`` and
                 ``lock_timeout`` (seconds).
@@ -204,7 +321,116 @@ class BaseTask(ContextTask):
             NotConfiguredError: the application was configured without a database.
             MissingTenantError: there is no tenant.
         """
+        if asyncio._get_running_loop() is not None:
+            return self.get_async_db_session(**transaction)  # type: ignore[return-value]
         return sessions_of(self.app)(**transaction)
+
+    def get_async_db_session(self, **transaction: Unpack[TransactionOptions]) -> AsyncTenantSession:
+        """The same for ``async def`` bodies: ``async with self.get_async_db_session() as db:``.
+
+        Raises:
+            ConfigurationError: the sessions that the application was configured with are synchronous.
+        """
+        return sessions_of(self.app).async_session(**transaction)
+
+    def report_progress(self, done: int, total: int | None = None, message: str = "") -> None:
+        """Say how far the task is, for its status.
+
+        Cheap enough to call for each item: it is written at most once a second, and with the task's end, and never
+        makes an event loop wait.
+
+        Args:
+            done: how much is done, in whatever unit.
+            total: how much there is to do, if it is known.
+            message: what a user reads beside it.
+
+        Raises:
+            InvalidProgressError: ``done`` or ``total`` is no int of 0 or more, or the message no str.
+            NotSupportedError: the result backend keeps no records.
+        """
+        progress = checked_progress(done, total, message)
+        reporter = self._reporter(required=True)
+        if reporter is not None:
+            reporter.report(progress)
+
+    def should_abort(self) -> bool:
+        """Whether somebody has asked for the task to stop early; it decides itself where it can.
+
+        The record is asked at most once a second; where an event loop runs, in the background (:meth:`aborted` waits
+        for the answer).  It stays true in the task's retries.
+        """
+        reporter = self._reporter()
+        if reporter is None:
+            return False
+        reporter.look()
+        return reporter.is_asked_to_abort
+
+    async def aborted(self) -> bool:
+        """The same for ``async def`` bodies: ``if await self.aborted(): ...``."""
+        reporter = self._reporter()
+        if reporter is None:
+            return False
+        await reporter.look_and_wait()
+        return reporter.is_asked_to_abort
+
+    def batch(
+        self,
+        function: Callable[[ItemT], Awaitable[ResultT]],
+        items: Items[ItemT],
+        *,
+        limit: int,
+        retry_policy: RetryPolicy = NO_RETRY,
+        start: int = 0,
+    ) -> AsyncGenerator[BatchOutcome[ItemT, ResultT], None]:
+        """Await a function for each of many items, so many at once; see :func:`~rhesis_tasks.batch.run_batch`.
+
+        It reports the task's progress, and begins no more items once the task is asked to abort::
+
+            async for outcome in self.batch(evaluate, prompts, limit=100, retry_policy=HTTP):
+                store(outcome.item, outcome.value())
+
+        Args:
+            function: called with one item; what it returns is awaited.
+            items: an iterable, which may be asynchronous.
+            limit: how many items run at once.
+            retry_policy: by which a failed item is tried again.
+            start: how many items an earlier attempt has done, for the progress.
+        """
+        checked_progress(start, None, "")
+        reporter = self._reporter()
+
+        def on_progress(done: int, total: int | None) -> None:
+            if reporter is not None:
+                reporter.report(Progress(start + done, None if total is None else start + total, ""))
+
+        return run_batch(
+            function,
+            items,
+            limit=limit,
+            retry_policy=retry_policy,
+            should_stop=self.aborted,
+            on_progress=on_progress,
+        )
+
+    def _reporter(self, *, required: bool = False) -> Reporter | None:
+        """What writes to this run's record; None if it has none: run eagerly, or called as a function."""
+        request: Any = self.request
+        state = state_of(request)
+        if state is None:
+            return None
+        if state.reporter is None:
+            if request.is_eager and not self.app.conf.task_store_eager_result:
+                return None
+            if not records(self.app):
+                if required:
+                    raise NotSupportedError(
+                        f"the result backend {self.app.backend.as_uri()} keeps no records, so nobody could see the "
+                        "progress.  Use result_backend='postgresql://...'"
+                    )
+                return None
+            state.reporter = Reporter(self.app, request.id, state)
+        found: Reporter = state.reporter
+        return found
 
     # --- launching -----------------------------------------------------------------------------------------
 
@@ -299,13 +525,9 @@ class BaseTask(ContextTask):
         """Refuse a definition that cannot work, when the task is made.
 
         Raises:
-            TaskDefinitionError: the body is ``async def``, or the retry policy is no RetryPolicy.
+            TaskDefinitionError: the body is a generator, or the retry policy is no RetryPolicy.
         """
         super().on_bound(app)
-        if inspect.iscoroutinefunction(inspect.unwrap(cls.run)):
-            raise TaskDefinitionError(
-                f"task {cls.name} is async def, which is not supported yet: Celery would never await it"
-            )
         if not isinstance(cls.retry_policy, RetryPolicy):
             raise TaskDefinitionError(
                 f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}"

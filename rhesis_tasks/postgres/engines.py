@@ -8,12 +8,21 @@ import os
 import weakref
 from typing import Any, Final
 
-from sqlalchemy import URL, Engine, Pool, create_engine
+from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from ..errors import ConfigurationError
 from ..settings import async_database_url, database_url, require_psycopg
 
-__all__ = ["LoopEngines", "forget_pool_after_fork", "new_engine", "shared_engine"]
+__all__ = [
+    "LoopEngines",
+    "OneLoopEngine",
+    "abandon_engines",
+    "dispose_engines",
+    "forget_pool_after_fork",
+    "new_engine",
+    "shared_engine",
+]
 
 CONNECT_TIMEOUT: Final = 5
 """Seconds within which a connection of the library's own must be made, unless the URL says otherwise."""
@@ -54,6 +63,7 @@ class LoopEngines:
         self._url = async_database_url(url)
         self._options = {"pool_pre_ping": True, **options}
         self._engines: dict[asyncio.AbstractEventLoop, AsyncEngine] = {}
+        _sources.add(self)
 
     def current(self) -> AsyncEngine:
         """The engine of the running event loop.
@@ -69,6 +79,7 @@ class LoopEngines:
             # Without a lock, which a fork might leave held for ever: no other thread runs this loop.
             engine = self._engines[loop] = create_async_engine(self._url, **self._options)
             forget_pool_after_fork(engine.sync_engine)
+            _track(engine)
         return engine
 
     def _forget_closed_loops(self) -> None:
@@ -83,6 +94,88 @@ class LoopEngines:
         engine = self._engines.pop(asyncio.get_running_loop(), None)
         if engine is not None:
             await engine.dispose()
+
+    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cut the connections of an event loop that will not run any more."""
+        engine = self._engines.pop(loop, None)
+        if engine is not None:
+            _cut(engine)
+
+
+class OneLoopEngine:
+    """An application's own AsyncEngine, which serves one event loop, and another one once that is closed."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+        _track(engine)
+        _sources.add(self)
+
+    def current(self) -> AsyncEngine:
+        """The engine, for the running event loop.
+
+        Raises:
+            ConfigurationError: it serves another one.
+            RuntimeError: none is running.
+        """
+        loop = asyncio.get_running_loop()
+        known = self._loop() if self._loop is not None else None
+        if known is loop or isinstance(self.engine.pool, NullPool):
+            return self.engine
+        if known is not None and not known.is_closed():
+            raise ConfigurationError(
+                "the AsyncEngine of these sessions has connections of another event loop.  Make them from a URL, so "
+                "that each loop gets an engine of its own"
+            )
+        if self._loop is not None:
+            self.engine.sync_engine.dispose(close=False)
+        self._loop = weakref.ref(loop)
+        return self.engine
+
+    async def dispose(self) -> None:
+        """Close its pooled connections, if they are the running event loop's; it may serve another one then."""
+        if self._loop is not None and self._loop() is asyncio.get_running_loop():
+            await self.engine.dispose()
+            self._loop = None
+
+    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cut its connections, if they are those of an event loop that will not run any more."""
+        if self._loop is not None and self._loop() is loop:
+            _cut(self.engine)
+            self._loop = None
+
+
+_sources: weakref.WeakSet[LoopEngines | OneLoopEngine] = weakref.WeakSet()
+_connections: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+
+
+async def dispose_engines() -> None:
+    """Close all pooled connections of the running event loop."""
+    for source in list(_sources):
+        await source.dispose()
+
+
+def abandon_engines(loop: asyncio.AbstractEventLoop) -> None:
+    """Cut all connections of an event loop that will not run any more, whatever they are in the middle of."""
+    for source in list(_sources):
+        source.abandon(loop)
+
+
+def _track(engine: AsyncEngine) -> None:
+    """Know an engine's connections, those that are lent too."""
+    if engine.sync_engine not in _connections:
+        connections: weakref.WeakSet[Any] = weakref.WeakSet()
+        _connections[engine.sync_engine] = connections
+        event.listen(engine.sync_engine, "connect", lambda made, _: connections.add(made.driver_connection))
+
+
+def _cut(engine: AsyncEngine) -> None:
+    for connection in _connections[engine.sync_engine]:
+        if hasattr(connection, "terminate"):
+            connection.terminate()  # asyncpg's
+        else:
+            connection.pgconn.finish()
+    engine.sync_engine.dispose(close=False)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
 from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
-from ..headers import carried_by, decode, state_of
+from ..headers import Progress, carried_by, decode, state_of
 from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
 from ..states import TERMINAL, State, from_celery, sources, to_celery
 from .connection import read_only
@@ -37,6 +37,8 @@ ATTEMPTS: Final = 4
 """How often a statement is tried on a connection that may be lost."""
 
 _NO_TENANT: Final = ""
+_ONE: Final = "organization_id = :o AND task_id = :id"
+_UNFINISHED: Final = [state.value for state in State if state not in TERMINAL]
 _ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
 
 
@@ -59,6 +61,11 @@ class TaskRecord:
     error_type: str | None
     error_message: str | None
     traceback: str | None
+    progress_done: int | None  #: as the task reports it
+    progress_total: int | None
+    progress_message: str | None
+    abort_requested_at: datetime.datetime | None  #: when somebody wanted it to stop early
+    abort_requested_by: str | None  #: the user
     launched_at: datetime.datetime
     started_at: datetime.datetime | None
     finished_at: datetime.datetime | None
@@ -223,6 +230,7 @@ class PostgresBackend(DatabaseBackend):
         if request is not None and state in self.READY_STATES:
             children = self.current_task_children(request)
         delivery = getattr(request, "delivery_info", None) or {}
+        progress = None if known is None else known.progress
         with self._begin(_organization(tenant)) as connection:
             connection.execute(
                 text(
@@ -230,10 +238,11 @@ class PostgresBackend(DatabaseBackend):
                     INSERT INTO {self._records} AS r
                         (organization_id, task_id, user_id, name, state, custom_state, retries, root_id, parent_id,
                          queue, worker, result, children, error_type, error_message, traceback,
-                         started_at, finished_at)
+                         progress_done, progress_total, progress_message, started_at, finished_at)
                     VALUES
                         (:organization_id, :task_id, :user_id, :name, :state, :custom_state, :retries, :root_id,
                          :parent_id, :queue, :worker, :result, :children, :error_type, :error_message, :traceback,
+                         :progress_done, :progress_total, :progress_message,
                          CASE WHEN :started THEN clock_timestamp() END,
                          CASE WHEN :finished THEN clock_timestamp() END)
                     ON CONFLICT (organization_id, task_id) DO UPDATE SET
@@ -250,6 +259,9 @@ class PostgresBackend(DatabaseBackend):
                         error_type = excluded.error_type,
                         error_message = excluded.error_message,
                         traceback = excluded.traceback,
+                        progress_done = coalesce(excluded.progress_done, r.progress_done),
+                        progress_total = coalesce(excluded.progress_total, r.progress_total),
+                        progress_message = coalesce(excluded.progress_message, r.progress_message),
                         started_at = coalesce(r.started_at, excluded.started_at),
                         finished_at = excluded.finished_at
                     WHERE r.state = ANY(:sources)
@@ -272,12 +284,69 @@ class PostgresBackend(DatabaseBackend):
                     "error_type": _storable(error_type),
                     "error_message": _storable(error_message),
                     "traceback": _storable(traceback),
+                    "progress_done": progress and progress.done,
+                    "progress_total": progress and progress.total,
+                    "progress_message": progress and _storable(progress.message),
                     "started": ours is State.STARTED,
                     "finished": ours in TERMINAL,
                     # What anybody may have sent, under whatever id, takes the place of no record.
                     "sources": [] if is_unsigned else [source.value for source in sources(ours)],
                 },
             )
+
+    def store_progress(self, task_id: str, progress: Progress | None) -> bool:
+        """Record how far one of the active tenant's running tasks is; None changes nothing.
+
+        Returns:
+            Whether somebody has asked it to stop early.
+        """
+        return self._retrying(self._store_progress, task_id, progress)
+
+    def _store_progress(self, task_id: str, progress: Progress | None) -> bool:
+        values: dict[str, Any] = {"o": _organization(current_tenant()), "id": task_id}
+        if progress is None:
+            sql = f"SELECT abort_requested_at IS NOT NULL FROM {self._records} WHERE {_ONE}"  # noqa: S608
+        else:
+            sql = f"""
+                UPDATE {self._records}
+                SET progress_done = :done, progress_total = :total, progress_message = :message
+                WHERE {_ONE} AND state = ANY(:unfinished)
+                RETURNING abort_requested_at IS NOT NULL
+                """  # noqa: S608
+            values |= dataclasses.asdict(progress) | {"unfinished": _UNFINISHED}
+            values["message"] = _storable(progress.message)
+        with self._begin(values["o"]) as connection:
+            return bool(connection.scalar(text(sql), values))
+
+    def request_abort(self, task_id: str) -> bool:
+        """Ask one of the active tenant's tasks to stop early; it looks by ``should_abort()``.
+
+        Returns:
+            Whether it can: False for a foreign or unknown id, and for a task that has ended.
+        """
+        tenant = require_tenant()
+        return self._retrying(self._request_abort, task_id, tenant)
+
+    def _request_abort(self, task_id: str, tenant: TenantContext) -> bool:
+        with self._begin(tenant.organization_id) as connection:
+            asked = connection.scalar(
+                text(
+                    f"""
+                    UPDATE {self._records} SET
+                        abort_requested_at = coalesce(abort_requested_at, clock_timestamp()),
+                        abort_requested_by = coalesce(abort_requested_by, :user_id)
+                    WHERE {_ONE} AND state = ANY(:unfinished)
+                    RETURNING true
+                    """  # noqa: S608
+                ),
+                {
+                    "o": tenant.organization_id,
+                    "id": task_id,
+                    "user_id": tenant.user_id,
+                    "unfinished": _UNFINISHED,
+                },
+            )
+        return bool(asked)
 
     def mark_as_failure(
         self,

@@ -28,8 +28,8 @@ __all__ = [
     "schema_status",
 ]
 
-VERSION: Final = 2
-"""Version 1 had the result backend's tables, version 2 has the broker's too."""
+VERSION: Final = 3
+"""Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""

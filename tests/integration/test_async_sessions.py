@@ -234,10 +234,10 @@ def test_each_event_loop_has_an_engine_of_its_own(notes: Notes, url: str) -> Non
     for _ in range(3):
         assert asyncio.run(look()) == notes.of(notes.acme)
     assert len(set(engines)) == 3
-    assert len(sessions._loop_engines._engines) == 1, "those of closed loops are forgotten"  # type: ignore[union-attr]
+    assert len(sessions._async_engines._engines) == 1, "those of closed loops are forgotten"  # type: ignore[union-attr]
     sessions.dispose()
     engines.clear()
-    sessions._loop_engines._engines.clear()  # type: ignore[union-attr]
+    sessions._async_engines._engines.clear()  # type: ignore[union-attr]
     gc.collect()  # here, where their complaints are expected, and not in some later test
 
 
@@ -249,13 +249,12 @@ def test_an_applications_async_engine_serves_one_loop(notes: Notes, url: str) ->
         async with sessions.async_begin(notes.acme) as db:
             return await seen(db)
 
-    async def main() -> None:
-        assert await look() == notes.of(notes.acme)
-        await engine.dispose()
-
-    asyncio.run(main())
-    with pytest.raises(ConfigurationError, match="another event loop"):
-        asyncio.run(look())
+    with asyncio.Runner() as first:
+        first.run(look())
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            asyncio.run(look())
+        assert first.run(look()) == notes.of(notes.acme)
+        first.run(engine.dispose())
     with pytest.raises(ConfigurationError, match="these sessions are asynchronous"):
         sessions(notes.acme)
 

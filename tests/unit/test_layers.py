@@ -17,7 +17,8 @@ LAYERS = [
     {"errors", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls", "ddl", "models"},
     {"postgres"},
-    {"retry", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "otel"},
+    {"retry", "batch", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "loops", "otel"}
+    | {"reporting"},
     {"request", "guard", "task", "launch", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]

@@ -74,23 +74,6 @@ def eager(app: Celery) -> Celery:
 # --- definitions -----------------------------------------------------------------------------------------------
 
 
-def test_an_async_def_task_is_refused_when_it_is_made(app: Celery) -> None:
-    async def body() -> None: ...
-
-    with pytest.raises(TaskDefinitionError, match="is async def, which is not supported yet"):
-        app.task(base=BaseTask, lazy=False, name="body")(body)
-
-
-def test_an_async_def_task_of_a_class_is_refused_when_it_is_registered(app: Celery) -> None:
-    class Own(BaseTask):
-        name = "own"
-
-        async def run(self) -> None: ...
-
-    with pytest.raises(TaskDefinitionError, match="task own is async def"):
-        app.register_task(Own())
-
-
 @pytest.mark.parametrize("policy", [None, 3, {"max_retries": 3}, RetryPolicy])
 def test_a_retry_policy_that_is_none_is_refused_when_the_task_is_made(app: Celery, policy: Any) -> None:
     with pytest.raises(TaskDefinitionError, match="retry_policy of task body must be a RetryPolicy"):

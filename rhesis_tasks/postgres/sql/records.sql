@@ -26,6 +26,13 @@ CREATE TABLE IF NOT EXISTS @schema@.task_record (
     finished_at     timestamptz,
     PRIMARY KEY (organization_id, task_id)
 );
+-- Since version 3.
+ALTER TABLE @schema@.task_record
+    ADD COLUMN IF NOT EXISTS progress_done      bigint,
+    ADD COLUMN IF NOT EXISTS progress_total     bigint,
+    ADD COLUMN IF NOT EXISTS progress_message   text,
+    ADD COLUMN IF NOT EXISTS abort_requested_at timestamptz,
+    ADD COLUMN IF NOT EXISTS abort_requested_by text;
 CREATE INDEX IF NOT EXISTS task_record_finished_at ON @schema@.task_record (finished_at);
 CREATE INDEX IF NOT EXISTS task_record_unfinished ON @schema@.task_record (launched_at) WHERE finished_at IS NULL;
 

@@ -452,6 +452,7 @@ class Consumer:
         self.gossip = SimpleNamespace(election_handlers={"task": lambda_free})
         self.strategies = app.tasks
         self.connection_errors = ()
+        self.pool = SimpleNamespace()
         self.handled: list[Any] = []
 
     def create_task_handler(self) -> Any:

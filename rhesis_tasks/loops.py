@@ -109,7 +109,8 @@ class _Run:
         self.name = name
         self.grace = grace
         self.body: asyncio.Task[Any] | None = None
-        self.has_ended = False  #: the task's coroutine has, and what it left is cleared away
+        self.has_ended = False  #: the task's coroutine has, and what it left is being cleared away
+        self.is_over = False  #: that is done, too; nothing more may start
         self.is_clear = False  #: nothing is left
         self.is_interrupted = False  #: the soft time limit was reached
         self.noticed = False  #: ... and the loop has heard of it
@@ -117,7 +118,8 @@ class _Run:
         self._context: Context
         self._giving_up: asyncio.TimerHandle | None = None
         self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
-        self._generators: weakref.WeakSet[AsyncGenerator[Any, Any]] = weakref.WeakSet()
+        self._dropped: deque[tuple[AsyncGenerator[Any, Any], Context]] = deque()
+        self._generators: weakref.WeakKeyDictionary[AsyncGenerator[Any, Any], Context] = weakref.WeakKeyDictionary()
 
     def start(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """The task that runs the coroutine, with a copy of the running context."""
@@ -129,7 +131,7 @@ class _Run:
 
     async def _through(self, coroutine: Coroutine[Any, Any, T]) -> T:
         # Those of the loop would close a generator in whatever context, even of whatever thread, it is found in.
-        sys.set_asyncgen_hooks(self._generators.add, self._close_later)  # until the loop stops
+        sys.set_asyncgen_hooks(self._remember, self._close_later)  # until the loop stops
         succeeded = False
         try:
             result = await coroutine
@@ -139,12 +141,28 @@ class _Run:
             self.has_ended = True
             if self._giving_up is not None:
                 self._giving_up.cancel()
-            self.is_clear = await self._clear(logging.WARNING if succeeded else logging.INFO)
+            try:
+                self.is_clear = await self._clear(logging.WARNING if succeeded else logging.INFO)
+            finally:
+                self.is_over = True  # before what is left in this turn of the loop
+
+    def _remember(self, generator: AsyncGenerator[Any, Any]) -> None:
+        """Called for each asynchronous generator when it begins."""
+        self._generators[generator] = copy_context()
 
     def _close_later(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self._generators.discard(generator)
+        """Called for each that is dropped before its end, by whatever thread."""
+        self._dropped.append((generator, self._generators.pop(generator, self._context)))
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._loop.create_task, generator.aclose(), context=self._context)
+            self._loop.call_soon_threadsafe(self._close_dropped)
+
+    def _close_dropped(self) -> list[asyncio.Task[None]]:
+        """Close those that were dropped, each in the context in which it has begun."""
+        closing = []
+        while self._dropped and not self.is_over:
+            generator, context = self._dropped.popleft()
+            closing.append(self._loop.create_task(generator.aclose(), context=context))
+        return closing
 
     # --- what it leaves --------------------------------------------------------------------------------------
 
@@ -160,11 +178,12 @@ class _Run:
         if left:
             _log.log(level, "task %s left %s behind: cancelled", self.name, _named(left))
         deadline = self._loop.time() + self.grace
-        while left or self._generators:
+        while left or self._generators or self._dropped:
             for task in left:
                 task.cancel()
-            left += [self._loop.create_task(generator.aclose()) for generator in self._generators]
+            self._dropped.extend(self._generators.items())
             self._generators.clear()
+            left += self._close_dropped()
             _, pending = await asyncio.wait(left, timeout=max(0.0, deadline - self._loop.time()))
             if pending:
                 _log.error("task %s: %s did not end in %g s", self.name, _named(pending), self.grace)
@@ -231,7 +250,7 @@ def _start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> a
     """The factory of a loop's tasks, that starts none for a run that is over."""
     context = options.get("context")
     run: _Run | None = _run.get() if context is None else context.get(_run)
-    if run is not None and run is not getattr(_local, "run", None):
+    if run is not None and (run.is_over or run is not getattr(_local, "run", None)):
         coroutine.close()
         raise LeftoverError(
             f"{getattr(coroutine, '__qualname__', 'a coroutine')} of task {run.name} was to be started when that was "
@@ -304,11 +323,9 @@ class _TaskLoop:
         left = asyncio.all_tasks(loop)
         loop.set_task_factory(None)
         try:
-            if left and not (run.has_ended or run.is_interrupted):
+            if not (run.has_ended or run.is_interrupted):
                 # Something else than the body's end has stopped the loop, which had no time to clean up yet.
-                for task in left:
-                    task.cancel()
-                loop.run_until_complete(asyncio.wait(left, timeout=run.grace))
+                _cancel_all(loop, left, run.grace)
             abandon_engines(loop)
             loop.call_soon(loop.stop)
             loop.run_forever()  # for transports, which close when they are called back
@@ -336,6 +353,20 @@ class _TaskLoop:
     def __del__(self) -> None:
         if not sys.is_finalizing():
             self.close()
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop, tasks: Iterable[asyncio.Task[Any]], grace: float) -> None:
+    """Cancel a stopped loop's tasks and run it until they are done, or so many seconds."""
+
+    def stop_if_done(_: object) -> None:
+        if not asyncio.all_tasks(loop):
+            loop.stop()
+
+    for task in tasks:
+        task.cancel()
+        task.add_done_callback(stop_if_done)
+    loop.call_later(grace, loop.stop)
+    loop.run_forever()
 
 
 def _watch_soft_limit() -> None:

@@ -1,0 +1,745 @@
+"""``async def`` tasks without a server: how they are run, called and ended; and nothing of one reaches the next."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import Context, ContextVar
+from typing import Any
+
+import pytest
+from celery import Celery, Task, group
+from celery.exceptions import Ignore
+
+from rhesis_tasks import (
+    BaseTask,
+    RetryPolicy,
+    TenantContext,
+    configure,
+    current_tenant,
+    register_context_var,
+    tenant_scope,
+    wrap,
+)
+from rhesis_tasks.errors import (
+    ConfigurationError,
+    LeftoverError,
+    MissingExtraError,
+    MissingTenantError,
+    TaskCancelledError,
+    TaskDefinitionError,
+)
+from rhesis_tasks.guard import refuse_async_tasks
+from rhesis_tasks.loops import close_loops
+
+ACME = TenantContext("acme", "alice")
+GLOBEX = TenantContext("globex", "gus")
+TIMEOUT = 10
+
+label: ContextVar[str] = ContextVar("label")
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def app(request: pytest.FixtureRequest, make_app: Callable[..., Celery]) -> Iterator[Celery]:
+    """A configured application on each kind of event loop."""
+    app = make_app(configured=False)
+    configure(app, event_loop=request.param)
+    yield app
+    close_loops()
+
+
+@pytest.fixture
+def seen() -> list[Any]:
+    """What the bodies of tasks noted."""
+    return []
+
+
+@pytest.fixture
+def run(app: Celery, work_off: Any) -> Callable[..., None]:
+    """Runs tasks as a worker's one thread would, each for its tenant: ``run((task, tenant, args...), ...)``."""
+
+    def run_all(*launches: Any) -> None:
+        for task, tenant, *args in launches:
+            with tenant_scope(tenant):
+                task.delay(*args)
+        work_off(app)
+
+    return run_all
+
+
+@pytest.fixture
+def look(app: Celery, seen: list[Any]) -> Any:
+    """A task that notes where it runs, and for whom, now and a little later."""
+
+    @app.task(base=BaseTask, bind=True, name="look")
+    async def look(self: BaseTask) -> None:
+        await asyncio.sleep(0.02)
+        seen.append((asyncio.get_running_loop(), self.tenant.organization_id))
+
+    return look
+
+
+def organization() -> str | None:
+    tenant = current_tenant()
+    return tenant and tenant.organization_id
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+def test_the_coroutine_is_awaited_and_its_result_is_the_tasks(app: Celery, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def double(number: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * number
+
+    class Triple(BaseTask):
+        name = "triple"
+
+        async def run(self, number: int) -> int:
+            return 3 * number
+
+    class Plus(Triple):
+        name = "plus"
+
+        async def run(self, number: int) -> int:
+            return 1 + await super().run(number)
+
+    triple, plus = (app.register_task(each()) for each in (Triple, Plus))
+
+    with tenant_scope(ACME):
+        assert [task.apply((4,)).get() for task in (double, triple, plus)] == [8, 12, 13]
+    assert all(task.is_async for task in (double, triple, plus))
+
+
+def test_one_loop_serves_all_tasks_of_a_thread(look: Any, run: Any, seen: list[Any]) -> None:
+    run((look, ACME), (look, GLOBEX), (look, ACME))
+
+    assert [organization_id for _, organization_id in seen] == ["acme", "globex", "acme"]
+    assert len({loop for loop, _ in seen}) == 1
+
+
+def test_the_loop_is_of_the_kind_that_was_asked_for(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    run((look, ACME))
+
+    assert type(seen[0][0]).__module__.partition(".")[0] == app.conf.rhesis_tasks_event_loop
+
+
+def test_every_way_to_start_a_coroutine_or_thread_has_the_context(app: Celery, run: Any, seen: list[Any]) -> None:
+    register_context_var(label)
+
+    def where() -> tuple[Any, ...]:
+        return organization(), label.get(None), everything.request.id
+
+    async def part() -> tuple[Any, ...]:
+        await asyncio.sleep(0)
+        return where()
+
+    @app.task(base=BaseTask, bind=True)
+    async def everything(self: BaseTask) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            grouped = tasks.create_task(part())
+        called: asyncio.Future[Any] = loop.create_future()
+        loop.call_soon(lambda: called.set_result(where()))
+        seen.extend(await asyncio.gather(part(), part()))
+        seen.append(grouped.result())
+        seen.append(await asyncio.create_task(part()))
+        seen.append(await asyncio.wait_for(part(), 5))
+        seen.append(await called)
+        seen.append(await asyncio.to_thread(where))
+        seen.append(await loop.run_in_executor(None, where))
+        seen.append(await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(part(), loop)))
+        seen.append(await asyncio.to_thread(wrap(where)))
+
+    Context().run(lambda: (label.set("of acme"), run((everything, ACME))))
+    first = {each[2] for each in seen}
+    assert seen == [("acme", "of acme", next(iter(first)))] * 10
+    assert first != {None}
+    assert len(first) == 1
+
+
+def test_what_the_body_sets_is_gone_for_the_next_task(app: Celery, run: Any, seen: list[Any]) -> None:
+    register_context_var(label)
+    unregistered: ContextVar[str] = ContextVar("unregistered")
+
+    @app.task(base=BaseTask)
+    async def mess() -> None:
+        seen.append((organization(), label.get(None), unregistered.get(None)))
+        label.set("left over")
+        unregistered.set("left over")
+        tenant_scope(TenantContext("intruder")).__enter__()
+
+    run((mess, ACME), (mess, GLOBEX), (mess, ACME))
+
+    assert seen == [("acme", None, None), ("globex", None, None), ("acme", None, None)]
+
+
+def test_the_tasks_of_one_batch_do_not_share_variables(app: Celery, run: Any, seen: list[Any]) -> None:
+    async def item(number: int) -> None:
+        seen.append((number, label.get(None), organization()))
+        label.set(f"set by {number}")
+
+    @app.task(base=BaseTask, bind=True)
+    async def batch(self: BaseTask) -> None:
+        async for _ in self.batch(item, range(4), limit=2):
+            pass
+
+    run((batch, ACME))
+
+    assert sorted(seen) == [(number, None, "acme") for number in range(4)]
+
+
+# --- failing, retrying ------------------------------------------------------------------------------------------
+
+
+def test_an_exception_is_the_tasks_failure(app: Celery) -> None:
+    @app.task(base=BaseTask)
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("broken")
+
+    with tenant_scope(ACME):
+        result = fail.apply()
+
+    assert result.state == "FAILURE"
+    assert repr(result.result) == "ValueError('broken')"
+
+
+@pytest.mark.parametrize("by", ["policy", "autoretry_for", "hand"])
+def test_retries_are_as_for_other_tasks(app: Celery, run: Any, seen: list[Any], by: str) -> None:
+    options: dict[str, Any] = {
+        "policy": {"retry_policy": RetryPolicy(max_retries=2, base=0, retry_on=(ValueError,))},
+        "autoretry_for": {"autoretry_for": (ValueError,), "default_retry_delay": 0, "max_retries": 2},
+        "hand": {"max_retries": 2},
+    }[by]
+
+    @app.task(base=BaseTask, bind=True, **options)
+    async def flaky(self: BaseTask) -> None:
+        await asyncio.sleep(0)
+        seen.append((self.tenant.organization_id, self.request.retries))
+        if by == "hand":
+            raise self.retry(exc=ValueError("again"), countdown=0)
+        raise ValueError("again")
+
+    run((flaky, ACME))
+
+    assert seen == [("acme", 0), ("acme", 1), ("acme", 2)]
+
+
+def test_ignore_and_hooks_are_as_for_other_tasks(app: Celery, run: Any, seen: list[Any]) -> None:
+    class Hooked(BaseTask):
+        abstract = True
+
+        def on_success(self, *_: Any) -> None:
+            seen.append(("success", organization()))
+
+        def on_failure(self, *_: Any) -> None:
+            seen.append(("failure", organization()))
+
+    @app.task(base=Hooked)
+    async def end(error: str | None) -> None:
+        await asyncio.sleep(0)
+        if error:
+            raise {"Ignore": Ignore, "ValueError": ValueError}[error]
+
+    run((end, ACME, None), (end, GLOBEX, "Ignore"), (end, GLOBEX, "ValueError"))
+
+    assert seen == [("success", "acme"), ("failure", "globex")]
+
+
+def test_a_task_without_a_tenant_is_refused_before_its_coroutine_is_made(
+    app: Celery, work_off: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, name="body")
+    async def body() -> None:
+        seen.append("ran")
+
+    with pytest.raises(MissingTenantError):
+        body.delay()
+    app.send_task("body", headers={"someone": "else"}, task_type=Task())  # as by who knows nothing of the task
+    work_off(app)
+    assert seen == []
+
+
+def test_a_coroutine_that_was_cancelled_from_inside_is_a_failure_and_not_the_workers_end(app: Celery) -> None:
+    @app.task(base=BaseTask)
+    async def cancel_itself() -> None:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        await asyncio.sleep(1)
+
+    @app.task(base=BaseTask)
+    async def await_what_is_cancelled() -> None:
+        child = asyncio.create_task(asyncio.sleep(1))
+        child.cancel()
+        await child
+
+    with tenant_scope(ACME):
+        for task in (cancel_itself, await_what_is_cancelled):
+            with pytest.raises(TaskCancelledError, match="was cancelled, or awaited something that was"):
+                task.apply().get()
+
+
+def test_what_ends_a_worker_comes_through_and_the_rest_is_cleaned_up(app: Celery, look: Any, run: Any) -> None:
+    cleaned: list[str] = []
+
+    async def part() -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append("part")
+
+    @app.task(base=BaseTask)
+    async def interrupted() -> None:
+        child = asyncio.create_task(part())
+        try:
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
+            await child
+        finally:
+            cleaned.append("body")
+
+    with tenant_scope(ACME), pytest.raises(KeyboardInterrupt):
+        interrupted.apply(throw=True)
+
+    assert sorted(cleaned) == ["body", "part"]
+    run((look, GLOBEX))
+
+
+# --- nothing is left --------------------------------------------------------------------------------------------
+
+
+def test_a_coroutine_that_is_left_behind_is_cancelled_before_the_next_task(
+    app: Celery, look: Any, run: Any, seen: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0)
+            seen.append(("cleaned up", organization()))
+
+    @app.task(base=BaseTask, name="leave")
+    async def leave(fail: bool) -> None:
+        asyncio.create_task(linger())  # noqa: RUF006 - is what the test is about
+        await asyncio.sleep(0)
+        if fail:
+            raise ValueError
+
+    run((leave, ACME, False), (look, GLOBEX), (leave, ACME, True), (look, GLOBEX))
+
+    assert [each[-1] for each in seen] == ["acme", "globex", "acme", "globex"]
+    assert [each[0] for each in seen[::2]] == ["cleaned up"] * 2
+    assert seen[1][0] is seen[3][0]
+    logged = [(each.levelno, each.getMessage()) for each in caplog.records if each.name == "rhesis_tasks.loops"]
+    assert logged[0] == (
+        logging.WARNING,
+        "task leave left test_a_coroutine_that_is_left_behind_is_cancelled_before_the_next_task.<locals>.linger "
+        "behind: cancelled",
+    )
+    assert len(logged) == 1, "after a failure that is usual"
+
+
+def test_what_would_not_end_never_runs_again(
+    app: Celery, look: Any, run: Any, seen: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stubborn() -> None:
+        while True:
+            try:
+                await asyncio.sleep(0.005)
+                seen.append(("still there", organization()))
+            except asyncio.CancelledError:
+                seen.append(("swallowed", organization()))
+
+    @app.task(base=BaseTask, cleanup_grace=0.05)
+    async def leave() -> None:
+        seen.append((asyncio.get_running_loop(), None))
+        asyncio.create_task(stubborn())  # noqa: RUF006
+        await asyncio.sleep(0.001)
+
+    run((leave, ACME), (look, GLOBEX), (look, GLOBEX))
+
+    at = seen.index(next(each for each in seen if each[1] == "globex"))
+    assert {each[1] for each in seen[:at]} <= {None, "acme"}
+    assert ("swallowed", "acme") in seen[:at]
+    assert [each[1] for each in seen[at:]] == ["globex"] * 2, "another loop, on which there is nothing else"
+    assert seen[0][0].is_closed()
+    assert "stubborn did not end in 0.05 s" in caplog.text
+
+
+def test_coroutines_that_cleaning_up_starts_are_waited_for_too(
+    app: Celery, look: Any, run: Any, seen: list[Any]
+) -> None:
+    async def last() -> None:
+        await asyncio.sleep(0.005)
+        seen.append(("last", organization()))
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await last()
+            asyncio.create_task(last())  # noqa: RUF006
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        asyncio.create_task(linger())  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen][-1] == "globex"
+    assert ("last", "acme") in seen
+
+
+def test_generators_that_were_not_exhausted_are_closed_for_their_tenant(
+    app: Celery, look: Any, run: Any, seen: list[Any]
+) -> None:
+    kept: list[Any] = []
+
+    async def numbers() -> Any:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)
+            seen.append(("closed", organization()))
+
+    @app.task(base=BaseTask)
+    async def leave(how: str) -> None:
+        generator = numbers()
+        await anext(generator)
+        if how == "kept":
+            kept.append(generator)
+        elif how == "in a circle":
+            circle = [generator]
+            circle.append(circle)
+        await asyncio.sleep(0)
+
+    run((leave, ACME, "kept"), (look, GLOBEX), (leave, ACME, "in a circle"), (look, GLOBEX), (leave, ACME, "dropped"))
+    gc.collect()
+    run((look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["acme", "globex", "acme", "globex", "acme", "globex"]
+
+
+def test_a_generator_that_another_thread_collects_is_closed_for_its_own_tenant(
+    app: Celery, run: Any, seen: list[Any]
+) -> None:
+    async def numbers() -> Any:
+        try:
+            yield 1
+        finally:
+            seen.append((organization(), threading.get_ident()))
+
+    def collect() -> None:
+        with tenant_scope(GLOBEX):
+            gc.collect()
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        circle: list[Any] = [numbers()]
+        await anext(circle[0])
+        circle.append(circle)
+        del circle
+        thread = threading.Thread(target=collect)
+        thread.start()
+        thread.join(TIMEOUT)
+        await asyncio.sleep(0.01)
+
+    run((leave, ACME))
+
+    assert seen == [("acme", threading.get_ident())]
+
+
+def test_a_callback_of_an_earlier_task_starts_no_coroutine(
+    app: Celery, look: Any, run: Any, seen: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def late() -> None:
+        seen.append(("late", organization()))
+
+    @app.task(base=BaseTask, name="leave")
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.001, lambda: loop.create_task(late()))
+        loop.call_later(0.001, lambda: asyncio.ensure_future(late()))
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
+    assert caplog.text.count("late of task leave was to be started when that was over") == 2
+    assert LeftoverError.__name__ in caplog.text
+
+
+def test_a_thread_of_an_earlier_task_starts_no_coroutine(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    go, done = threading.Event(), threading.Event()
+
+    async def late() -> None:
+        seen.append(("late", organization()))
+
+    def wait_and_start(loop: Any) -> None:
+        go.wait(TIMEOUT)
+        asyncio.run_coroutine_threadsafe(late(), loop)
+        done.set()
+
+    @app.task(base=BaseTask, name="leave")
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, wait_and_start, loop)
+
+    @app.task(base=BaseTask, name="wait")
+    async def wait() -> None:
+        go.set()
+        await asyncio.to_thread(done.wait, TIMEOUT)
+        await asyncio.sleep(0.01)
+
+    run((leave, ACME), (wait, GLOBEX), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
+
+
+def test_the_failure_of_a_coroutine_that_nobody_awaited_is_logged_for_its_own_tenant(
+    app: Celery, look: Any, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise ValueError("nobody looked at this")
+
+    @app.task(base=BaseTask, name="leave")
+    async def leave() -> None:
+        child = asyncio.create_task(fail())
+        circle: list[Any] = [child]
+        circle.append(circle)  # so that it is only collected later
+        await asyncio.sleep(0)
+
+    run((leave, ACME), (look, GLOBEX))
+    gc.collect()
+
+    (record,) = [each for each in caplog.records if each.exc_info and "nobody looked" in str(each.exc_info[1])]
+    assert (record.organization_id, record.task_name) == ("acme", "leave")
+
+
+def test_what_a_task_does_to_the_loop_is_undone(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def meddle() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, coroutine, **options: asyncio.Task(coroutine, loop=loop, **options))
+        loop.set_exception_handler(lambda *_: seen.append(("handled", organization())))
+
+    @app.task(base=BaseTask)
+    async def fail_in_callback() -> None:
+        asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+        await asyncio.sleep(0.001)
+
+    run((meddle, ACME), (fail_in_callback, GLOBEX), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
+
+
+def test_a_loop_that_the_body_stops_is_given_up(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def stop() -> None:
+        asyncio.get_running_loop().stop()
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            seen.append(("cleaned up", organization()))
+
+    with tenant_scope(ACME):
+        assert isinstance(stop.apply().result, RuntimeError)
+    run((look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["acme", "globex"]
+
+
+def test_a_forked_child_has_a_loop_of_its_own(app: Celery, look: Any, seen: list[Any]) -> None:
+    with tenant_scope(ACME):
+        look.apply(throw=True)
+        before = seen[-1][0]
+        child = os.fork()
+        if not child:
+            look.apply(throw=True)
+            os._exit(0 if seen[-1][0] is not before and not before.is_closed() else 1)
+        deadline = time.monotonic() + TIMEOUT
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < deadline, "the child does not end"
+            time.sleep(0.01)
+        look.apply(throw=True)
+
+    assert ended[1] == 0
+    assert seen[-1][0] is before
+
+
+# --- eagerly, and as functions ------------------------------------------------------------------------------------
+
+
+def test_an_eager_task_runs_beside_a_running_loop_with_its_context(app: Celery, seen: list[Any]) -> None:
+    register_context_var(label)
+    app.conf.task_always_eager = True
+
+    @app.task(base=BaseTask, bind=True)
+    async def inner(self: BaseTask) -> list[Any]:
+        await asyncio.sleep(0)
+        return [self.tenant.organization_id, label.get(None), self.request.id]
+
+    async def route() -> None:
+        label.set("of the route")
+        with tenant_scope(ACME):
+            result = inner.delay()
+            seen.append((result.get(), result.id))
+            seen.append((group(inner.s(), inner.s()).delay().get(), None))
+        assert current_tenant() is None
+
+    Context().run(asyncio.run, route())
+
+    (alone, task_id), (together, _) = seen
+    assert alone == ["acme", "of the route", task_id]
+    assert [each[:2] for each in together] == [["acme", "of the route"]] * 2
+    assert [each for each in threading.enumerate() if each.name.startswith(inner.name)] == []
+
+
+def test_an_eager_failure_beside_a_running_loop_is_the_results(app: Celery) -> None:
+    @app.task(base=BaseTask, retry_policy=RetryPolicy(max_retries=1, base=0, retry_on=(ValueError,)))
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    async def route() -> Any:
+        with tenant_scope(ACME):
+            return fail.apply()
+
+    assert repr(asyncio.run(route()).result) == "ValueError('broken')"
+
+
+def test_called_as_a_function_it_is_awaited_by_the_caller(app: Celery) -> None:
+    @app.task(base=BaseTask, bind=True)
+    async def inner(self: BaseTask, name: str) -> list[Any]:
+        seen_before = [self.tenant.organization_id, self.request.organization_id, self.request.args]
+        await asyncio.sleep(0.001 * (3 - len(name)))
+        assert [self.tenant.organization_id, self.request.organization_id, self.request.args] == seen_before
+        return [*seen_before]
+
+    async def for_tenant(tenant: TenantContext, name: str) -> Any:
+        with tenant_scope(tenant):
+            return await inner(name)
+
+    async def main() -> Any:
+        return await asyncio.gather(for_tenant(ACME, "a"), for_tenant(GLOBEX, "bb"), for_tenant(ACME, "ccc"))
+
+    assert asyncio.run(main()) == [
+        ["acme", "acme", ("a",)],
+        ["globex", "globex", ("bb",)],
+        ["acme", "acme", ("ccc",)],
+    ]
+    with tenant_scope(ACME):
+        waiting = inner("a")
+    assert asyncio.run(waiting)[0] == "acme", "of the tenant that called it"
+    with pytest.raises(MissingTenantError):
+        inner("a")
+    with tenant_scope(ACME), pytest.raises(TypeError):
+        inner()
+
+
+def test_called_as_a_function_it_may_be_cancelled_and_fail(app: Celery, seen: list[Any]) -> None:
+    @app.task(base=BaseTask, bind=True)
+    async def inner(self: BaseTask, error: bool) -> None:
+        try:
+            if error:
+                raise ValueError("broken")
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            seen.append(self.request.organization_id)
+
+    async def main() -> None:
+        with tenant_scope(ACME):
+            with pytest.raises(ValueError, match="broken"):
+                await inner(True)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(inner(False), 0.01)
+
+    asyncio.run(main())
+
+    assert seen == ["acme", "acme"]
+    assert inner.request.args is None
+
+
+def test_a_synchronous_task_that_calls_it_gets_the_result(app: Celery, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def double(number: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * number
+
+    @app.task(base=BaseTask)
+    def outer() -> int:
+        return int(double(1)) + int(double(2))
+
+    @app.task(base=BaseTask)
+    async def outer_async() -> int:
+        return int(await double(1)) + int(await double(2))
+
+    with tenant_scope(ACME):
+        assert outer.apply().get() == 6
+        assert outer_async.apply().get() == 6
+        assert double.map([1, 2, 3]).apply().get() == [2, 4, 6]
+
+
+# --- definitions --------------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_are_based_on_nothing_of_ours_are_run_too(app: Celery) -> None:
+    @app.task
+    async def plain() -> str | None:
+        await asyncio.sleep(0)
+        return organization()
+
+    assert plain.apply().get() is None
+    with tenant_scope(ACME):
+        assert plain.apply().get() == "acme"
+
+
+def test_an_asynchronous_generator_is_no_body(app: Celery) -> None:
+    async def body() -> Any:
+        yield 1
+
+    with pytest.raises(TaskDefinitionError, match="is an asynchronous generator"):
+        app.task(base=BaseTask, lazy=False, name="body")(body)
+
+
+@pytest.mark.parametrize("grace", [-1, True, None, "5", float("inf"), float("nan")])
+def test_a_grace_that_is_no_time_is_refused(app: Celery, grace: Any) -> None:
+    async def body() -> None: ...
+
+    with pytest.raises(TaskDefinitionError, match="cleanup_grace of task body must be seconds"):
+        app.task(base=BaseTask, lazy=False, name="body", cleanup_grace=grace)(body)
+
+
+def test_a_gevent_worker_does_not_start_with_async_tasks(app: Celery, look: Any) -> None:
+    for pool in ("prefork", "threads", "solo"):
+        refuse_async_tasks(app, pool)
+    for pool in ("gevent", "eventlet"):
+        with pytest.raises(SystemExit, match=f"async def tasks, which a {pool} worker cannot run: look"):
+            refuse_async_tasks(app, pool)
+
+
+def test_an_unknown_kind_of_loop_is_refused(make_app: Callable[..., Celery]) -> None:
+    with pytest.raises(ConfigurationError, match="event_loop= is 'asyncio' or 'uvloop', not 'trio'"):
+        configure(make_app(configured=False), event_loop="trio")
+
+
+def test_uvloop_has_to_be_installed(make_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "uvloop", None)
+
+    with pytest.raises(MissingExtraError, match=r"rhesis-tasks\[uvloop\]"):
+        configure(make_app(configured=False), event_loop="uvloop")
+
+
+def test_sync_bodies_are_none(app: Celery) -> None:
+    @app.task(base=BaseTask)
+    def body() -> None: ...
+
+    assert body.is_async is False

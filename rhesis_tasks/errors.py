@@ -16,6 +16,7 @@ __all__ = [
     "ContextError",
     "DatabaseUnavailableError",
     "HeaderError",
+    "IllegalTransitionError",
     "InvalidProgressError",
     "InvalidTenantError",
     "LeftoverError",
@@ -121,6 +122,15 @@ class TaskDefinitionError(RhesisTasksError, TypeError):
 
 class TaskArgumentsError(RhesisTasksError, TypeError):
     """The arguments do not fit the task's signature."""
+
+
+class IllegalTransitionError(RhesisTasksError):
+    """A task cannot go there from the state that it is in."""
+
+    def __init__(self, message: str, *, state: str | None = None, name: str | None = None) -> None:
+        self.state = state
+        self.name = name
+        super().__init__(message)
 
 
 class InvalidProgressError(RhesisTasksError, ValueError):

@@ -83,6 +83,7 @@ class RequestState:
     refusal: ContextError | None = None  #: why nothing may be done for the message
     is_running: bool = False  #: its body is
     awaits_body: bool = False  #: ... about to be called, and its result is waited for
+    is_cancelled: bool = False  #: somebody has, before it was started
     has_retried: bool = False  #: its body has called self.retry()
     progress: Progress | None = None  #: as its body has reported it last
     reporter: Any = None  #: what has written it

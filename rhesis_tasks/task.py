@@ -94,6 +94,8 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         return self._run_body(state, args, kwargs)
 
     def _run_body(self, state: RequestState, args: Any, kwargs: Any) -> Any:
+        if state.is_cancelled:
+            raise Ignore("it was cancelled before it was started")
         state.is_running, state.awaits_body = True, self.is_async
         mark_current_span()
         try:

@@ -43,10 +43,22 @@ def new_engine(url: Any, **options: Any) -> Engine:
 
 @functools.cache
 def shared_engine(url: str) -> Engine:
-    """The library's own engine for a URL, one in the process: Celery makes a result backend for each thread."""
+    """The library's own engine for a URL, one in the process: Celery makes a result backend for each thread.
+
+    Each statement is committed by itself.  Its user tries again what was sent over a lost connection.
+    """
     # A server that accepts and then says nothing would keep a launch waiting for ever.
     timeout = {} if "connect_timeout" in database_url(url).query else {"connect_timeout": CONNECT_TIMEOUT}
-    return new_engine(url, connect_args=timeout)
+    engine = new_engine(url, connect_args=timeout, isolation_level="AUTOCOMMIT", pool_pre_ping=False)
+    event.listen(engine, "connect", _prepare_nothing_behind_a_pooler)
+    return engine
+
+
+def _prepare_nothing_behind_a_pooler(made: Any, _: object) -> None:
+    with made.cursor() as cursor:
+        (process_id,) = cursor.execute("SELECT pg_backend_pid()").fetchone()
+    if process_id != made.info.backend_pid:
+        made.prepare_threshold = None  # the next transaction may be on another server connection
 
 
 class LoopEngines:

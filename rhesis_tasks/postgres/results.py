@@ -9,37 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
+from celery._state import get_current_task
 from celery.backends.database import DatabaseBackend
-from celery.result import result_from_tuple
+from celery.canvas import maybe_signature
+from celery.exceptions import ChordError, TaskRevokedError, TimeoutError
+from celery.result import GroupResult, result_from_tuple
+from kombu.exceptions import OperationalError
 from kombu.utils.encoding import ensure_bytes
-from sqlalchemy import Connection, Engine, RowMapping, TextClause, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
-from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
-from ..headers import Progress, carried_by, decode, state_of
-from ..settings import database_url, quote_identifier, redacted, rendered, schema_name
-from ..states import TERMINAL, State, from_celery, sources, to_celery
-from .connection import read_only
-from .engines import shared_engine
-from .schema import RECORDS_SETTING, ensure_schema
+from ..errors import ContextError, MissingTenantError, SignatureError
+from ..headers import Progress, carried_by, decode, find, state_of
+from ..settings import database_url, rendered, schema_name
+from ..states import State, by_celery, expire, to_celery
+from .records import ChordPart, Filter, RecordTable, StateChange, is_lost
+from .waiting import listener_for
 
 __all__ = ["PostgresBackend", "TaskRecord"]
 
-T = TypeVar("T")
-
-ATTEMPTS: Final = 4
-"""How often a statement is tried on a connection that may be lost."""
+WANTED_FOR: Final = 30.0
+"""Seconds for which a task's end is notified after somebody has begun to wait for it, or has gone on to."""
 
 _NO_TENANT: Final = ""
-_ONE: Final = "organization_id = :o AND task_id = :id"
-_UNFINISHED: Final = [state.value for state in State if state not in TERMINAL]
-_ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,64 +85,22 @@ class PostgresBackend(DatabaseBackend):
         super().__init__(dburi=given, url=given, **{**kwargs, "max_cached_results": -1})
         # Celery hands "postgresql+psycopg://..." over as "psycopg://...".
         self.url = rendered(database_url(self.url))
-        # What Celery calls by itself it tries again by these.  (Celery 5.6 does so only if told to.)
-        self.always_retry, self.max_retries = True, ATTEMPTS - 1
+        # What Celery calls by itself it tries again by these.  (Celery 5.6 does so only if told to.)  The records try
+        # again by themselves.
+        self.always_retry, self.max_retries = True, 0
         self.schema = schema_name(self.app.conf.get("rhesis_tasks_schema"))
-        self._records = f"{quote_identifier(self.schema)}.task_record"
-        self._groups = f"{quote_identifier(self.schema)}.group_record"
+        self.records = RecordTable(self.url, self.schema)
+        self._chord_owners: dict[str, TenantContext | None] = {}  # of those that are being launched
 
     def _create_tables(self) -> None:
         """Ours are made on first use, not while Celery looks at its configuration."""
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Whether a statement may succeed on another connection."""
-        return isinstance(exc, OperationalError | InterfaceError | DatabaseUnavailableError) or (
-            isinstance(exc, DBAPIError) and exc.connection_invalidated
-        )
+        return is_lost(exc)
 
     def on_backend_retryable_error(self, exc: BaseException) -> None:
         """SQLAlchemy's pool has dropped the connection already."""
-
-    def _connected(self, engine: Engine) -> Connection:
-        try:
-            return engine.connect()
-        except OperationalError as error:
-            raise DatabaseUnavailableError(
-                f"cannot connect to {redacted(engine.url)}: {error.orig}", url=redacted(engine.url)
-            ) from None
-
-    def _retrying(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function again if its connection was lost, as Celery does with what it calls."""
-        for attempt in range(ATTEMPTS - 1):
-            try:
-                return function(*args)
-            except Exception as error:
-                if not self.exception_safe_to_retry(error):
-                    raise
-                time.sleep(0.1 * 2**attempt)
-        return function(*args)
-
-    @contextmanager
-    def _begin(self, organization_id: str) -> Iterator[Connection]:
-        """A transaction of one tenant."""
-        engine = shared_engine(self.url)
-        if (self.url, self.schema) not in _ready:
-            self._connected(engine).close()  # so that an unreachable server is an error of ours here, too
-            ensure_schema(engine, self.schema)
-            _ready.add((self.url, self.schema))
-        with self._connected(engine) as connection:
-            try:
-                with connection.begin():
-                    connection.execute(
-                        text(f"SELECT set_config('{RECORDS_SETTING}', :organization_id, true)"),
-                        {"organization_id": organization_id},
-                    )
-                    yield connection
-            except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) != "25006":
-                    raise
-                connection.invalidate()  # the next one may lead to the primary
-                raise DatabaseUnavailableError(read_only(engine.url), url=redacted(engine.url)) from None
 
     def _decode_stored_result(self, payload: bytes | None) -> Any:
         """As Celery's, but without its way back to pickle: who can write a row shall not run code here."""
@@ -152,7 +109,12 @@ class PostgresBackend(DatabaseBackend):
     # --- launching ---------------------------------------------------------------------------------------------
 
     def record_launch(
-        self, task_id: str, name: str | None, root_id: str | None = None, parent_id: str | None = None
+        self,
+        task_id: str,
+        name: str | None,
+        root_id: str | None = None,
+        parent_id: str | None = None,
+        eta: datetime.datetime | None = None,
     ) -> bool:
         """Record that the active tenant launched a task.
 
@@ -160,52 +122,20 @@ class PostgresBackend(DatabaseBackend):
             Whether the task is new; False if it has a record already (a retry, a replacement, a part of a
             canvas that was recorded with the whole).
         """
-        return bool(self._retrying(self._record_launch, task_id, name, root_id or task_id, parent_id))
-
-    def _record_launch(self, task_id: str, name: str | None, root_id: str, parent_id: str | None) -> bool:
         tenant = current_tenant()
-        with self._begin(_organization(tenant)) as connection:
-            inserted = connection.scalar(
-                text(
-                    f"""
-                    INSERT INTO {self._records} AS r
-                        (organization_id, task_id, user_id, name, state, root_id, parent_id)
-                    VALUES (:organization_id, :task_id, :user_id, :name, :state, :root_id, :parent_id)
-                    ON CONFLICT (organization_id, task_id) DO UPDATE SET
-                        name = coalesce(excluded.name, r.name),
-                        root_id = excluded.root_id,
-                        parent_id = coalesce(excluded.parent_id, r.parent_id),
-                        state = CASE WHEN r.state = ANY(:sources) THEN excluded.state ELSE r.state END
-                    RETURNING xmax = 0
-                    """  # noqa: S608 - the schema's name is quoted, all else are parameters
-                ),
-                {
-                    "organization_id": _organization(tenant),
-                    "task_id": task_id,
-                    "user_id": tenant.user_id if tenant else None,
-                    "name": name,
-                    "state": State.QUEUED.value,
-                    "root_id": root_id,
-                    "parent_id": _other(parent_id, task_id),
-                    "sources": [state.value for state in sources(State.QUEUED)],
-                },
-            )
-        return bool(inserted)
+        return self.records.launch(
+            _organization(tenant),
+            task_id,
+            user_id=tenant.user_id if tenant else None,
+            name=name,
+            root_id=root_id or task_id,
+            parent_id=_other(parent_id, task_id),
+            eta=eta,
+        )
 
     def discard_launch(self, task_id: str) -> None:
         """Take back the record of a launch that failed, unless a worker has the message all the same."""
-        self._retrying(self._discard_launch, task_id)
-
-    def _discard_launch(self, task_id: str) -> None:
-        organization_id = _organization(current_tenant())
-        with self._begin(organization_id) as connection:
-            connection.execute(
-                text(
-                    f"DELETE FROM {self._records} "  # noqa: S608
-                    "WHERE organization_id = :o AND task_id = :id AND state = :state"
-                ),
-                {"o": organization_id, "id": task_id, "state": State.QUEUED.value},
-            )
+        self.records.discard(_organization(current_tenant()), task_id)
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -224,75 +154,45 @@ class PostgresBackend(DatabaseBackend):
         if is_unsigned and state not in self.READY_STATES:
             return
         tenant = _tenant_of(request)
-        ours = from_celery(state)
         error_type, error_message = _error(result) if state in self.EXCEPTION_STATES else (None, None)
+        is_expired = state == "REVOKED" and (error_type, error_message) == ("TaskRevokedError", "expired")
+        transition = expire if is_expired else by_celery(state)
+        is_custom = to_celery(transition.target) != state
         children = None
         if request is not None and state in self.READY_STATES:
             children = self.current_task_children(request)
-        delivery = getattr(request, "delivery_info", None) or {}
         progress = None if known is None else known.progress
-        with self._begin(_organization(tenant)) as connection:
-            connection.execute(
-                text(
-                    f"""
-                    INSERT INTO {self._records} AS r
-                        (organization_id, task_id, user_id, name, state, custom_state, retries, root_id, parent_id,
-                         queue, worker, result, children, error_type, error_message, traceback,
-                         progress_done, progress_total, progress_message, started_at, finished_at)
-                    VALUES
-                        (:organization_id, :task_id, :user_id, :name, :state, :custom_state, :retries, :root_id,
-                         :parent_id, :queue, :worker, :result, :children, :error_type, :error_message, :traceback,
-                         :progress_done, :progress_total, :progress_message,
-                         CASE WHEN :started THEN clock_timestamp() END,
-                         CASE WHEN :finished THEN clock_timestamp() END)
-                    ON CONFLICT (organization_id, task_id) DO UPDATE SET
-                        name = coalesce(excluded.name, r.name),
-                        state = excluded.state,
-                        custom_state = excluded.custom_state,
-                        retries = greatest(excluded.retries, r.retries),
-                        root_id = coalesce(excluded.root_id, r.root_id),
-                        parent_id = coalesce(excluded.parent_id, r.parent_id),
-                        queue = coalesce(excluded.queue, r.queue),
-                        worker = coalesce(excluded.worker, r.worker),
-                        result = excluded.result,
-                        children = excluded.children,
-                        error_type = excluded.error_type,
-                        error_message = excluded.error_message,
-                        traceback = excluded.traceback,
-                        progress_done = coalesce(excluded.progress_done, r.progress_done),
-                        progress_total = coalesce(excluded.progress_total, r.progress_total),
-                        progress_message = coalesce(excluded.progress_message, r.progress_message),
-                        started_at = coalesce(r.started_at, excluded.started_at),
-                        finished_at = excluded.finished_at
-                    WHERE r.state = ANY(:sources)
-                    """  # noqa: S608
-                ),
-                {
-                    "organization_id": _organization(tenant),
-                    "task_id": task_id,
-                    "user_id": tenant.user_id if tenant else None,
-                    "name": _storable(getattr(request, "task", None)),
-                    "state": ours.value,
-                    "custom_state": _storable(state) if to_celery(ours) != state else None,
-                    "retries": getattr(request, "retries", None) or 0,
-                    "root_id": getattr(request, "root_id", None),
-                    "parent_id": _other(getattr(request, "parent_id", None), task_id),
-                    "queue": delivery.get("routing_key"),
-                    "worker": getattr(request, "hostname", None),
-                    "result": ensure_bytes(self.encode(result)),
-                    "children": ensure_bytes(self.encode(children)) if children else None,
-                    "error_type": _storable(error_type),
-                    "error_message": _storable(error_message),
-                    "traceback": _storable(traceback),
-                    "progress_done": progress and progress.done,
-                    "progress_total": progress and progress.total,
-                    "progress_message": progress and _storable(progress.message),
-                    "started": ours is State.STARTED,
-                    "finished": ours in TERMINAL,
-                    # What anybody may have sent, under whatever id, takes the place of no record.
-                    "sources": [] if is_unsigned else [source.value for source in sources(ours)],
-                },
-            )
+        delivery = getattr(request, "delivery_info", None) or {}
+        wants_arguments = request is not None and self.app.conf.result_extended
+        stays = self.records.change(
+            _organization(tenant),
+            StateChange(
+                task_id=task_id,
+                transition=transition,
+                user_id=tenant.user_id if tenant else None,
+                name=_storable(getattr(request, "task", None)),
+                custom_state=_storable(state) if is_custom else None,
+                retries=getattr(request, "retries", None) or 0,
+                root_id=getattr(request, "root_id", None),
+                parent_id=_other(getattr(request, "parent_id", None), task_id),
+                queue=delivery.get("routing_key"),
+                worker=getattr(request, "hostname", None),
+                result=ensure_bytes(self.encode(result)),
+                children=ensure_bytes(self.encode(children)) if children else None,
+                args=ensure_bytes(self.encode(request.args)) if wants_arguments else None,
+                kwargs=ensure_bytes(self.encode(request.kwargs)) if wants_arguments else None,
+                error_type=_storable(error_type),
+                error_message=_storable(error_message),
+                traceback=_storable(traceback),
+                progress_done=progress.done if progress else None,
+                progress_total=progress.total if progress else None,
+                progress_message=_storable(progress.message) if progress else None,
+            ),
+            # What anybody may have sent, under whatever id, takes the place of no record.
+            is_trusted=not is_unsigned,
+        )
+        if known is not None and state == "STARTED" and stays in (State.REVOKED, State.EXPIRED):
+            known.is_cancelled = True
 
     def store_progress(self, task_id: str, progress: Progress | None) -> bool:
         """Record how far one of the active tenant's running tasks is; None changes nothing.
@@ -300,53 +200,8 @@ class PostgresBackend(DatabaseBackend):
         Returns:
             Whether somebody has asked it to stop early.
         """
-        return self._retrying(self._store_progress, task_id, progress)
-
-    def _store_progress(self, task_id: str, progress: Progress | None) -> bool:
-        values: dict[str, Any] = {"o": _organization(current_tenant()), "id": task_id}
-        if progress is None:
-            sql = f"SELECT abort_requested_at IS NOT NULL FROM {self._records} WHERE {_ONE}"  # noqa: S608
-        else:
-            sql = f"""
-                UPDATE {self._records}
-                SET progress_done = :done, progress_total = :total, progress_message = :message
-                WHERE {_ONE} AND state = ANY(:unfinished)
-                RETURNING abort_requested_at IS NOT NULL
-                """  # noqa: S608
-            values |= dataclasses.asdict(progress) | {"unfinished": _UNFINISHED}
-            values["message"] = _storable(progress.message)
-        with self._begin(values["o"]) as connection:
-            return bool(connection.scalar(text(sql), values))
-
-    def request_abort(self, task_id: str) -> bool:
-        """Ask one of the active tenant's tasks to stop early; it looks by ``should_abort()``.
-
-        Returns:
-            Whether it can: False for a foreign or unknown id, and for a task that has ended.
-        """
-        tenant = require_tenant()
-        return self._retrying(self._request_abort, task_id, tenant)
-
-    def _request_abort(self, task_id: str, tenant: TenantContext) -> bool:
-        with self._begin(tenant.organization_id) as connection:
-            asked = connection.scalar(
-                text(
-                    f"""
-                    UPDATE {self._records} SET
-                        abort_requested_at = coalesce(abort_requested_at, clock_timestamp()),
-                        abort_requested_by = coalesce(abort_requested_by, :user_id)
-                    WHERE {_ONE} AND state = ANY(:unfinished)
-                    RETURNING true
-                    """  # noqa: S608
-                ),
-                {
-                    "o": tenant.organization_id,
-                    "id": task_id,
-                    "user_id": tenant.user_id,
-                    "unfinished": _UNFINISHED,
-                },
-            )
-        return bool(asked)
+        done, total, message = (progress.done, progress.total, progress.message) if progress else (None, None, None)
+        return self.records.progress(_organization(current_tenant()), task_id, done, total, _storable(message))
 
     def mark_as_failure(
         self,
@@ -366,6 +221,39 @@ class PostgresBackend(DatabaseBackend):
         with exactly(_tenant_of(request)):
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
 
+    # --- stopping ----------------------------------------------------------------------------------------------
+
+    def request_abort(self, task_id: str) -> bool:
+        """Ask one of the active tenant's tasks to stop early; it looks by ``should_abort()``.
+
+        Returns:
+            Whether it can: False for a foreign or unknown id, and for a task that has ended.
+
+        Raises:
+            MissingTenantError: no tenant is active.
+        """
+        tenant = require_tenant()
+        return _can_be_stored(task_id) and self.records.abort(tenant.organization_id, task_id, tenant.user_id)
+
+    def cancel_waiting(self, task_id: str) -> bool:
+        """End one of the active tenant's tasks if it has not started, and take its message away.
+
+        Returns:
+            Whether there is such a task.
+
+        Raises:
+            MissingTenantError: no tenant is active.
+        """
+        tenant = require_tenant()
+        error = TaskRevokedError("cancelled")
+        return _can_be_stored(task_id) and self.records.cancel(
+            tenant.organization_id,
+            task_id,
+            tenant.user_id,
+            result=ensure_bytes(self.encode(self.prepare_exception(error))),
+            error=(type(error).__name__, str(error)),
+        )
+
     # --- reading -----------------------------------------------------------------------------------------------
 
     def get_record(self, task_id: str) -> TaskRecord | None:
@@ -374,33 +262,37 @@ class PostgresBackend(DatabaseBackend):
         Raises:
             MissingTenantError: no tenant is active.
         """
-        row = self._retrying(self._row, task_id, require_tenant().organization_id)
-        if row is None:
-            return None
+        tenant = require_tenant()
+        row = self.records.get(tenant.organization_id, task_id) if _can_be_stored(task_id) else None
+        return None if row is None else self._record(row)
+
+    def list_records(
+        self, which: Filter | None = None, *, limit: int = 50, after: tuple[datetime.datetime, str] | None = None
+    ) -> list[TaskRecord]:
+        """Records of the active tenant's tasks, the latest launch first.
+
+        Args:
+            which: by state, name, root and time of launch; by default all.
+            limit: how many at most.
+            after: ``(launched_at, task_id)`` of the last one that was seen, to go on behind it.
+
+        Raises:
+            MissingTenantError: no tenant is active.
+        """
+        rows = self.records.find(require_tenant().organization_id, which or Filter(), limit, after)
+        return [self._record(row) for row in rows]
+
+    def _record(self, row: Mapping[str, Any]) -> TaskRecord:
         state = State(row["state"])
         values = {field.name: row[field.name] for field in dataclasses.fields(TaskRecord)}
         values["result"] = self._decode_stored_result(row["result"]) if state is State.SUCCESS else None
         values["state"] = state
         return TaskRecord(**values)
 
-    def _row(self, task_id: str, organization_id: str) -> RowMapping | None:
-        with self._begin(organization_id) as connection:
-            return (
-                connection.execute(
-                    text(
-                        f"SELECT * FROM {self._records} "  # noqa: S608
-                        "WHERE organization_id = :organization_id AND task_id = :task_id"
-                    ),
-                    {"organization_id": organization_id, "task_id": task_id},
-                )
-                .mappings()
-                .one_or_none()
-            )
-
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
         """A task as Celery's AsyncResult wants it; an unknown one is PENDING."""
         tenant = current_tenant()
-        row = self._row(task_id, _organization(tenant))
+        row = self.records.get(_organization(tenant), task_id)
         if row is None:
             if tenant is None:
                 raise MissingTenantError(
@@ -421,74 +313,181 @@ class PostgresBackend(DatabaseBackend):
             "queue": row["queue"],
             "parent_id": row["parent_id"],
         }
+        if row["args"] is not None:
+            meta |= {"args": self.decode(row["args"]), "kwargs": self.decode(row["kwargs"])}
         return dict(self.meta_from_decoded(meta))
 
     def task_result_exists(self, task_id: str) -> bool:
         """Whether the active tenant has a record of this task."""
-        return self._retrying(self._row, task_id, _organization(current_tenant())) is not None
+        return self.records.get(_organization(current_tenant()), task_id) is not None
 
     def _forget(self, task_id: str) -> None:
-        organization_id = _organization(current_tenant())
-        with self._begin(organization_id) as connection:
-            connection.execute(
-                text(f"DELETE FROM {self._records} WHERE organization_id = :o AND task_id = :id"),  # noqa: S608
-                {"o": organization_id, "id": task_id},
-            )
+        self.records.forget(_organization(current_tenant()), task_id)
 
-    # --- groups ------------------------------------------------------------------------------------------------
+    def wait_for(
+        self,
+        task_id: str,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        no_ack: bool = True,  # noqa: ARG002 - Celery's signature
+        on_interval: Callable[[], object] | None = None,
+    ) -> Any:
+        """Wait for a task's end, and return what Celery wants to know of it.
+
+        Its end is notified.  Where notifications do not arrive (behind PgBouncer) it is asked for every ``interval``
+        seconds, as by Celery's own backend.
+
+        Raises:
+            TimeoutError: it did not end within ``timeout`` seconds.
+        """
+        self._ensure_not_eager()  # type: ignore[attr-defined]  # left out of the stubs
+        meta = self.get_task_meta(task_id)
+        if meta["status"] in self.READY_STATES:
+            return meta
+        organization_id = _organization(current_tenant())
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        listener = listener_for(self.url, self._channel)
+        with listener.waiting(self.records.wanted(organization_id, task_id, WANTED_FOR)) as has_ended:
+            while True:
+                hears = listener.listen()
+                has_ended.clear()
+                meta = self.get_task_meta(task_id)
+                if meta["status"] in self.READY_STATES:
+                    return meta
+                if on_interval is not None:
+                    on_interval()
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise TimeoutError("The operation timed out.")
+                pause = WANTED_FOR / 2 if hears and on_interval is None else interval
+                if not has_ended.wait(min(remaining, pause)):
+                    self.records.wanted(organization_id, task_id, WANTED_FOR)
+
+    @functools.cached_property
+    def _channel(self) -> str:
+        return self.records.channel()
+
+    # --- groups and chords -------------------------------------------------------------------------------------
 
     def _save_group(self, group_id: str, result: Any) -> Any:
-        organization_id = _organization(current_tenant())
-        with self._begin(organization_id) as connection:
-            connection.execute(
-                text(
-                    f"INSERT INTO {self._groups} (organization_id, group_id, result) VALUES (:o, :id, :result) "  # noqa: S608
-                    "ON CONFLICT (organization_id, group_id) DO UPDATE SET result = excluded.result"
-                ),
-                {
-                    "o": organization_id,
-                    "id": group_id,
-                    "result": ensure_bytes(self.encode(self.prepare_value(result))),
-                },
-            )
+        payload = ensure_bytes(self.encode(self.prepare_value(result)))
+        self.records.save_group(_organization(current_tenant()), group_id, payload)
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
-        organization_id = _organization(current_tenant())
-        with self._begin(organization_id) as connection:
-            row = connection.execute(
-                text(f"SELECT result, created_at FROM {self._groups} WHERE organization_id = :o AND group_id = :id"),  # noqa: S608
-                {"o": organization_id, "id": group_id},
-            ).one_or_none()
-        if row is None:
+        row = self.records.get_group(_organization(current_tenant()), group_id)
+        if row is None or row["result"] is None:  # of a chord, whose structure was not worth saving
             return None
-        stored = self._decode_stored_result(row.result)
+        stored = self._decode_stored_result(row["result"])
         return {
             "task_id": group_id,
             "result": stored if stored is None else result_from_tuple(stored, self.app),
-            "date_done": row.created_at,
+            "date_done": row["created_at"],
         }
 
     def _delete_group(self, group_id: str) -> None:
-        organization_id = _organization(current_tenant())
-        with self._begin(organization_id) as connection:
-            connection.execute(
-                text(f"DELETE FROM {self._groups} WHERE organization_id = :o AND group_id = :id"),  # noqa: S608
-                {"o": organization_id, "id": group_id},
-            )
+        self.records.forget_group(_organization(current_tenant()), group_id)
+
+    def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
+        """Begin a chord: its parts say when they have ended, and the last one launches the body.
+
+        (Celery's database backend has a task that asks for all of them every second.)
+        """
+        self.ensure_chords_allowed()
+        group_id, results = header_result_args[0], header_result_args[1]
+        owner = self._chord_owners[group_id] = _owner_of_chord(body)
+        self.records.size_chord(_organization(owner), group_id, None)
+        if isinstance(results, list | tuple) and any(isinstance(result, GroupResult) for result in results):
+            with exactly(owner):
+                self.save_group(group_id, self.app.GroupResult(*header_result_args))  # for the results' structure
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Called before the last part is published."""
+        owner = self._chord_owners.pop(group_id, current_tenant())
+        self.records.size_chord(_organization(owner), group_id, chord_size)
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Called by a part that adds another one, before that is published."""
+        part: Any = get_current_task()
+        owner = _owner_of_chord(maybe_signature(part.request.chord, app=self.app)) if part else current_tenant()
+        self.records.size_chord(_organization(owner), chord_id, None, added=1)
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
+        """Called when a part has ended; the last one launches the body."""
+        group_id = request.group
+        if not group_id or not request.id:
+            return
+        body = maybe_signature(request.chord, app=self.app)
+        owner = _owner_of_chord(body)
+        part = ChordPart(request.id, state, ensure_bytes(self.encode(self.encode_result(result, state))))
+        if self.records.end_chord_part(_organization(owner), group_id, part, request.group_index):
+            self._complete_chord(owner, group_id, body)
+
+    def _complete_chord(self, owner: TenantContext | None, group_id: str, body: Any) -> None:
+        with self.records.completing_chord(_organization(owner), group_id) as parts, exactly(owner):
+            if not parts:
+                return
+            try:
+                results = self._results_of_chord(group_id, parts)
+            except ChordError as error:
+                _log.error("chord %s: %s", group_id, error)
+                self.chord_error_from_stack(body, error)
+                return
+            try:
+                body.delay(results)
+            except OperationalError:
+                raise  # the broker's: the part's message comes back, and tries again
+            except Exception as error:
+                _log.exception("chord %s: its body cannot be launched", group_id)
+                self.chord_error_from_stack(body, ChordError(f"Callback error: {error!r}"))
+
+    def _results_of_chord(self, group_id: str, parts: Sequence[ChordPart]) -> list[Any]:
+        """What the parts have returned, in the header's structure.
+
+        Raises:
+            ChordError: a part has failed.
+        """
+        found: dict[str, Any] = {}
+        for part in parts:
+            value = self.decode(part.result) if part.result is not None else None
+            if part.state in self.EXCEPTION_STATES:
+                raised = self.exception_to_python(value)
+                raise _chord_error(f"Dependency {part.task_id} raised {raised!r}", raised)
+            found[part.task_id] = value
+        structure = self.restore_group(group_id)
+        if structure is None:
+            return list(found.values())
+
+        def values(results: Any) -> list[Any]:
+            return [values(each.results) if isinstance(each, GroupResult) else found[each.id] for each in results]
+
+        return values(structure.results)
 
     def cleanup(self) -> None:
         """Delete what expired, of all tenants, in batches."""
         if not self.expires:
             return  # result_expires is None or 0: they never do
         before = datetime.datetime.now(datetime.UTC) - self.expires
-        expire = text(f"SELECT {quote_identifier(self.schema)}.expire_records(:before)")
-        while self._retrying(self._expire_batch, expire, before):
+        while self.records.expire(before):
             pass
 
-    def _expire_batch(self, expire: TextClause, before: datetime.datetime) -> int:
-        with self._begin(_NO_TENANT) as connection:
-            return int(connection.scalar(expire, {"before": before}) or 0)
+
+def _chord_error(message: str, cause: Any) -> ChordError:
+    error = ChordError(message)
+    if isinstance(cause, BaseException):
+        error.__cause__ = cause
+    return error
+
+
+def _owner_of_chord(body: Any) -> TenantContext | None:
+    """Whose a chord is: its body's tenant, who has launched it, whoever's its parts are."""
+    carried = find((getattr(body, "options", None) or {}).get("headers"))
+    return current_tenant() if carried is None else decode(carried).tenant
+
+
+def _can_be_stored(task_id: str) -> bool:
+    """Whether there can be a task of this id: PostgreSQL stores no NUL and no lone surrogates."""
+    return _storable(task_id) == task_id
 
 
 def _organization(tenant: TenantContext | None) -> str:

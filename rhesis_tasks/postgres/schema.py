@@ -72,7 +72,10 @@ def schema_sql(
         ConfigurationError: a name cannot be an SQL name.
     """
     name = schema_name(schema)
-    parts = [_sql(part, name) for part in ("version", *(("records", "tables") if tables else ()), "functions")]
+    parts = [
+        _sql(part, name)
+        for part in ("version", *(("records", "tables") if tables else ()), "record_functions", "functions")
+    ]
     for role in (*roles, *web_roles):
         parts.append(_sql("grant_web", name, role))
     for role in roles:
@@ -111,7 +114,8 @@ def create_schema(
         SchemaError: the tables are of a newer version than this one.
     """
     if isinstance(bind, Engine):
-        with bind.begin() as connection:
+        # Whatever the engine's isolation level is: one transaction.
+        with bind.execution_options(isolation_level="READ COMMITTED").begin() as connection:
             create_schema(connection, schema=schema, roles=roles, web_roles=web_roles)
         return
     bind.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})

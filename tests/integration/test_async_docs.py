@@ -8,7 +8,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,7 +24,7 @@ CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 class Shop(BaseHTTPRequestHandler):
     """Sends everybody away once, and says for how long."""
 
-    seen: set[str] = set()
+    seen: ClassVar[set[str]] = set()
 
     def do_GET(self) -> None:
         first = self.path not in self.seen

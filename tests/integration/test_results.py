@@ -28,7 +28,7 @@ from rhesis_tasks.postgres.results import PostgresBackend, TaskRecord
 from rhesis_tasks.postgres.schema import RECORDS_SETTING, create_schema
 from rhesis_tasks.processes import free_port
 from rhesis_tasks.settings import database_url
-from rhesis_tasks.states import State, sources, to_celery
+from rhesis_tasks.states import UNFINISHED, State, to_celery
 from rhesis_tasks.testing import TenantDatabase
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ def application(tenant_database: TenantDatabase) -> Iterator[Engine]:
     engine = create_engine(database_url(tenant_database.url), pool_size=1, max_overflow=0, pool_timeout=10)
     yield engine
     engine.dispose()
+
+
+# Those that Celery stores under a name of their own.
+STORED = [State.QUEUED, State.STARTED, State.RETRY, State.SUCCESS, State.FAILURE, State.REVOKED]
 
 
 def message(tenant: TenantContext | None, task_id: str, **attributes: Any) -> Context:
@@ -211,15 +215,15 @@ def test_the_database_moves_a_record_exactly_where_the_table_of_states_allows(ba
     moved: dict[tuple[State, State], bool] = {}
 
     with tenant_scope(ACME):
-        for before in State:
-            for after in State:
+        for before in STORED:
+            for after in STORED:
                 task_id = f"{before}-{after}"
                 backend.store_result(task_id, outcome(to_celery(before), "before"), to_celery(before))
                 backend.store_result(task_id, outcome(to_celery(after), "after"), to_celery(after))
                 meta = backend.get_task_meta(task_id)
                 moved[before, after] = meta["status"] == to_celery(after) and "after" in str(meta["result"])
 
-    assert moved == {(before, after): before in sources(after) for before in State for after in State}
+    assert moved == {(before, after): before in UNFINISHED for before in STORED for after in STORED}
 
 
 @pytest.mark.parametrize("late", ["STARTED", "RETRY", "FAILURE", "REVOKED", "SUCCESS", "PROGRESS"])

@@ -32,9 +32,16 @@ ALTER TABLE @schema@.task_record
     ADD COLUMN IF NOT EXISTS progress_total     bigint,
     ADD COLUMN IF NOT EXISTS progress_message   text,
     ADD COLUMN IF NOT EXISTS abort_requested_at timestamptz,
-    ADD COLUMN IF NOT EXISTS abort_requested_by text;
+    ADD COLUMN IF NOT EXISTS abort_requested_by text,
+    ADD COLUMN IF NOT EXISTS eta                timestamptz,
+    ADD COLUMN IF NOT EXISTS args               bytea,        -- if they are wanted (result_extended)
+    ADD COLUMN IF NOT EXISTS kwargs             bytea,
+    ADD COLUMN IF NOT EXISTS wanted_until       timestamptz;  -- so long somebody waits for its end
 CREATE INDEX IF NOT EXISTS task_record_finished_at ON @schema@.task_record (finished_at);
 CREATE INDEX IF NOT EXISTS task_record_unfinished ON @schema@.task_record (launched_at) WHERE finished_at IS NULL;
+CREATE INDEX IF NOT EXISTS task_record_launched_at
+    ON @schema@.task_record (organization_id, launched_at DESC, task_id DESC);
+CREATE INDEX IF NOT EXISTS task_record_root_id ON @schema@.task_record (organization_id, root_id);
 
 CREATE TABLE IF NOT EXISTS @schema@.group_record (
     organization_id text NOT NULL DEFAULT '',
@@ -43,6 +50,10 @@ CREATE TABLE IF NOT EXISTS @schema@.group_record (
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (organization_id, group_id)
 );
+ALTER TABLE @schema@.group_record
+    ADD COLUMN IF NOT EXISTS chord_size    integer,  -- how many parts have to end; NULL while that is not known
+    ADD COLUMN IF NOT EXISTS chord_added   integer NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS chord_done_at timestamptz;
 CREATE INDEX IF NOT EXISTS group_record_created_at ON @schema@.group_record (created_at);
 
 ALTER TABLE @schema@.task_record ENABLE ROW LEVEL SECURITY;
@@ -57,22 +68,14 @@ CREATE POLICY tenant ON @schema@.group_record FOR ALL TO PUBLIC
   USING (organization_id = (SELECT coalesce(current_setting('@setting@', true), '')))
   WITH CHECK (organization_id = (SELECT coalesce(current_setting('@setting@', true), '')));
 
--- Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete what
--- has just ended.  What never ended (its message or its worker was lost) goes thirty days later.
-CREATE OR REPLACE FUNCTION @schema@.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    WITH old_tasks AS (
-        DELETE FROM @schema@.task_record WHERE (organization_id, task_id) IN (
-            SELECT organization_id, task_id FROM @schema@.task_record
-            WHERE finished_at < least(before, now() - interval '1 minute')
-               OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days')
-            LIMIT batch FOR UPDATE SKIP LOCKED)
-        RETURNING 1),
-    old_groups AS (
-        DELETE FROM @schema@.group_record WHERE (organization_id, group_id) IN (
-            SELECT organization_id, group_id FROM @schema@.group_record
-            WHERE created_at < least(before, now() - interval '1 minute')
-            LIMIT batch FOR UPDATE SKIP LOCKED)
-        RETURNING 1)
-    SELECT (SELECT count(*) FROM old_tasks) + (SELECT count(*) FROM old_groups)
-$$;
+-- What the parts of a chord have returned, until its body is launched.  The owner's alone: parts may be of several
+-- tenants.
+CREATE TABLE IF NOT EXISTS @schema@.chord_part (
+    organization_id text NOT NULL DEFAULT '',  -- the chord's
+    group_id        text NOT NULL,
+    task_id         text NOT NULL,
+    position        integer,
+    state           text NOT NULL,
+    result          bytea,
+    PRIMARY KEY (organization_id, group_id, task_id)
+);

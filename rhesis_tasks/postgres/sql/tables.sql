@@ -59,6 +59,8 @@ CREATE TABLE IF NOT EXISTS @schema@.message (
 -- What a claim walks, in the order of delivery.
 CREATE INDEX IF NOT EXISTS message_ready ON @schema@.message (queue, priority DESC, start, id)
     WHERE claim_token IS NULL AND due_at IS NULL;
+-- What a task is cancelled by.
+CREATE INDEX IF NOT EXISTS message_task_id ON @schema@.message (task_id) WHERE claim_token IS NULL;
 -- What a dead consumer held.
 CREATE INDEX IF NOT EXISTS message_held ON @schema@.message (holder) WHERE holder IS NOT NULL;
 CREATE INDEX IF NOT EXISTS message_expires_at ON @schema@.message (expires_at) WHERE expires_at IS NOT NULL;

@@ -1,0 +1,321 @@
+"""What is asked of the records of tasks, statement by statement; knows nothing of Celery.
+
+Each statement is one call of a function in ``sql/record_functions.sql``, committed by itself.  An organization of
+``""`` is work that belongs to no tenant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+
+from ..errors import DatabaseUnavailableError, MissingPrivilegeError
+from ..settings import quote_identifier, redacted
+from ..states import UNFINISHED, WAITING, State, Transition, delay, launch, revoke
+from .connection import read_only
+from .engines import shared_engine
+from .schema import ensure_schema
+
+__all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "is_lost"]
+
+ATTEMPTS: Final = 4
+"""How often a statement is tried on a connection that may be lost."""
+
+_ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StateChange:
+    """What is written when a task moves; what is None leaves what is known."""
+
+    task_id: str
+    transition: Transition
+    user_id: str | None = None
+    name: str | None = None
+    custom_state: str | None = None
+    retries: int = 0
+    root_id: str | None = None
+    parent_id: str | None = None
+    queue: str | None = None
+    worker: str | None = None
+    result: bytes | None = None
+    children: bytes | None = None
+    args: bytes | None = None
+    kwargs: bytes | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    traceback: str | None = None
+    progress_done: int | None = None
+    progress_total: int | None = None
+    progress_message: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Filter:
+    """Which of a tenant's tasks."""
+
+    states: Sequence[State] | None = None
+    name: str | None = None
+    root_id: str | None = None
+    launched_from: datetime.datetime | None = None
+    launched_before: datetime.datetime | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChordPart:
+    """What one part of a chord has returned."""
+
+    task_id: str
+    state: str  #: Celery's
+    result: bytes | None
+
+
+class RecordTable:
+    """The records in one schema of a database.
+
+    Args:
+        url: a URL as :func:`~rhesis_tasks.settings.rendered` returns it.
+        schema: the schema's name.
+    """
+
+    def __init__(self, url: str, schema: str) -> None:
+        self.url = url
+        self.schema = schema
+        self._prefix = f"SELECT * FROM {quote_identifier(schema)}."  # noqa: S608
+
+    # --- tasks -------------------------------------------------------------------------------------------------
+
+    def launch(
+        self,
+        organization_id: str,
+        task_id: str,
+        *,
+        user_id: str | None,
+        name: str | None,
+        root_id: str,
+        parent_id: str | None,
+        eta: datetime.datetime | None = None,
+    ) -> bool:
+        """Record a launch; whether the task is new."""
+        transition = launch if eta is None else delay
+        lineage = (root_id, parent_id)
+        state = (transition.target.value, eta, _values(transition.sources), True)
+        return bool(self._scalar("record_launch", (organization_id, task_id, user_id, name, *lineage, *state)))
+
+    def discard(self, organization_id: str, task_id: str) -> None:
+        """Take back a launch, unless a worker has the task all the same."""
+        self._scalar("record_discard", (organization_id, task_id, _values(WAITING)))
+
+    def change(self, organization_id: str, change: StateChange, *, is_trusted: bool = True) -> str | None:
+        """Move a task; None, or the state that it stays in (``gone`` where it has no record any more).
+
+        Args:
+            organization_id: whose the record is.
+            change: what is known of it.
+            is_trusted: whether it may take the place of what is known of the task.
+        """
+        target = change.transition.target
+        stays: str | None = self._scalar(
+            "record_state",
+            (
+                organization_id,
+                change.task_id,
+                change.user_id,
+                change.name,
+                target.value,
+                change.custom_state,
+                change.retries,
+                change.root_id,
+                change.parent_id,
+                change.queue,
+                change.worker,
+                change.result,
+                change.children,
+                change.args,
+                change.kwargs,
+                change.error_type,
+                change.error_message,
+                change.traceback,
+                change.progress_done,
+                change.progress_total,
+                change.progress_message,
+                target is State.STARTED,
+                target not in UNFINISHED,
+                _values(change.transition.sources) if is_trusted else [],
+            ),
+        )
+        return stays
+
+    def progress(
+        self, organization_id: str, task_id: str, done: int | None, total: int | None, message: str | None
+    ) -> bool:
+        """Write a running task's progress, if ``done`` is given; whether somebody has asked it to stop."""
+        return bool(
+            self._scalar("record_progress", (organization_id, task_id, done, total, message, _values(UNFINISHED)))
+        )
+
+    def abort(self, organization_id: str, task_id: str, by_user: str | None) -> bool:
+        """Ask a task that has not ended to stop early; whether there is one."""
+        return bool(self._scalar("record_abort", (organization_id, task_id, by_user, _values(UNFINISHED))))
+
+    def cancel(
+        self, organization_id: str, task_id: str, by_user: str | None, *, result: bytes, error: tuple[str, str]
+    ) -> bool:
+        """End a task that has not started, and take its message away; whether there is one."""
+        values = (organization_id, task_id, by_user, revoke.target.value, result, *error, _values(WAITING))
+        return bool(self._scalar("record_cancel", values))
+
+    def wanted(self, organization_id: str, task_id: str, seconds: float) -> str:
+        """Say that somebody waits for a task's end; its key on the channel."""
+        return str(self._scalar("record_wanted", (organization_id, task_id, seconds)))
+
+    def get(self, organization_id: str, task_id: str) -> dict[str, Any] | None:
+        """One task's record."""
+        rows = self._call("record_of", (organization_id, task_id))
+        return rows[0] if rows else None
+
+    def find(
+        self, organization_id: str, which: Filter, limit: int, after: tuple[datetime.datetime, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Records, the latest launch first, from after a place on."""
+        return self._call(
+            "records_of",
+            (
+                organization_id,
+                None if which.states is None else _values(which.states),
+                which.name,
+                which.root_id,
+                which.launched_from,
+                which.launched_before,
+                *(after or (None, None)),
+                limit,
+            ),
+        )
+
+    def forget(self, organization_id: str, task_id: str) -> None:
+        """Delete a record."""
+        self._scalar("record_forget", (organization_id, task_id))
+
+    def expire(self, before: datetime.datetime) -> int:
+        """Delete a batch of what ended before; how many there were."""
+        return int(self._scalar("expire_records", (before,)) or 0)
+
+    # --- groups and chords -------------------------------------------------------------------------------------
+
+    def save_group(self, organization_id: str, group_id: str, result: bytes) -> None:
+        """Store which tasks a group has."""
+        self._scalar("group_save", (organization_id, group_id, result))
+
+    def get_group(self, organization_id: str, group_id: str) -> dict[str, Any] | None:
+        """A group's row."""
+        rows = self._call("group_of", (organization_id, group_id))
+        return rows[0] if rows else None
+
+    def forget_group(self, organization_id: str, group_id: str) -> None:
+        """Delete a group's row."""
+        self._scalar("group_forget", (organization_id, group_id))
+
+    def size_chord(self, organization_id: str, group_id: str, size: int | None, added: int = 0) -> None:
+        """Say how many parts a chord has, or how many its parts have added."""
+        self._scalar("chord_size", (organization_id, group_id, size, added))
+
+    def end_chord_part(self, organization_id: str, group_id: str, part: ChordPart, position: int | None) -> bool:
+        """Store what a part has returned; whether all have."""
+        values = (organization_id, group_id, part.task_id, position, part.state, part.result)
+        return bool(self._scalar("chord_part_ended", values))
+
+    @contextmanager
+    def completing_chord(self, organization_id: str, group_id: str) -> Iterator[list[ChordPart]]:
+        """The parts of a chord, for whoever launches its body in the block; nothing if that was done.
+
+        If the block fails or the process ends in it, it was not.
+        """
+        with self._connection() as connection:
+            connection.exec_driver_sql("BEGIN")
+            try:
+                rows = self._on(connection, "chord_complete", (organization_id, group_id))
+                yield [ChordPart(**row) for row in rows.mappings()]
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                connection.invalidate()  # which rolls back
+                raise
+
+    # --- how ---------------------------------------------------------------------------------------------------
+
+    def channel(self) -> str:
+        """Where those who wait are notified."""
+        return str(self._scalar("result_channel", ()))
+
+    def _scalar(self, function: str, values: Sequence[Any]) -> Any:
+        rows = self._call(function, values)
+        return next(iter(rows[0].values())) if rows else None
+
+    def _call(self, function: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+        """The rows of one call, in a transaction of its own; tried again if the connection was lost.
+
+        Raises:
+            DatabaseUnavailableError: the server cannot be reached, or is read-only.
+            MissingPrivilegeError: the login may not do this.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._connection() as connection:
+                    return [dict(row) for row in self._on(connection, function, values).mappings()]
+            except Exception as error:
+                if attempt == ATTEMPTS - 1 or not is_lost(error):
+                    raise
+                time.sleep(0.1 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _on(self, connection: Connection, function: str, values: Sequence[Any]) -> CursorResult[Any]:
+        placeholders = ", ".join(["%s"] * len(values))
+        return connection.exec_driver_sql(f"{self._prefix}{function}({placeholders})", tuple(values))
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        engine = shared_engine(self.url)
+        if (self.url, self.schema) not in _ready:
+            _connected(engine).close()  # so that an unreachable server is an error of ours here, too
+            ensure_schema(engine, self.schema)
+            _ready.add((self.url, self.schema))
+        with _connected(engine) as connection:
+            try:
+                yield connection
+            except DBAPIError as error:
+                state = getattr(error.orig, "sqlstate", None)
+                if state == "25006":
+                    connection.invalidate()  # the next one may lead to the primary
+                    raise DatabaseUnavailableError(read_only(engine.url), url=redacted(engine.url)) from None
+                if state == "42501" and isinstance(error, ProgrammingError):
+                    raise MissingPrivilegeError(
+                        f"{redacted(engine.url)}: {str(error.orig).partition(chr(10))[0]}.  Let the owner run "
+                        "`rhesis-tasks schema create --role THIS_LOGIN`, which grants what is new, too"
+                    ) from None
+                raise
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a statement may succeed on another connection."""
+    return isinstance(error, OperationalError | InterfaceError | DatabaseUnavailableError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    )
+
+
+def _connected(engine: Engine) -> Connection:
+    try:
+        return engine.connect()
+    except OperationalError as error:
+        raise DatabaseUnavailableError(
+            f"cannot connect to {redacted(engine.url)}: {error.orig}", url=redacted(engine.url)
+        ) from None
+
+
+def _values(states: Iterable[State]) -> list[str]:
+    return [state.value for state in states]

@@ -1,4 +1,4 @@
-"""FastAPI: the tenant of a request, and a status route that knows it.
+"""FastAPI: the tenant of a request, and routes through which it sees and cancels its tasks.
 
 Needs the extra ``fastapi``.
 """
@@ -6,23 +6,39 @@ Needs the extra ``fastapi``.
 # No "from __future__ import annotations" here: FastAPI evaluates annotations of nested functions, and as
 # strings it would look for them among the module's globals.
 
+import base64
+import logging
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .context import CurrentUser, TenantContext, tenant_scope
-from .errors import MissingExtraError, NotSupportedError
+from .errors import MissingExtraError
+from .postgres.records import TaskRecord
+from .states import State
+from .status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
 
 try:
-    from fastapi import APIRouter, Depends, HTTPException, Path, status
-    from pydantic import BaseModel, ConfigDict, Field
+    from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
+    from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 except ImportError as error:
     raise MissingExtraError.of("fastapi", "fastapi") from error
 
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["TaskError", "TaskStatus", "task_router", "tenant_dependency"]
+__all__ = [
+    "TaskCancellation",
+    "TaskError",
+    "TaskPage",
+    "TaskProgress",
+    "TaskStatus",
+    "TaskTree",
+    "task_router",
+    "tenant_dependency",
+]
+
+_log = logging.getLogger(__name__)
 
 TenantDependency = Callable[..., AsyncIterator[TenantContext]]
 
@@ -61,6 +77,14 @@ class TaskError(BaseModel):
     message: str = Field(description="The exception's message")
 
 
+class TaskProgress(BaseModel):
+    """How far a task says it is."""
+
+    done: int
+    total: int | None = Field(description="null if it is not known")
+    message: str
+
+
 class TaskStatus(BaseModel):
     """Where a task is, as its tenant may see it."""
 
@@ -68,52 +92,201 @@ class TaskStatus(BaseModel):
 
     task_id: str
     name: str | None = Field(description="The task's name, e.g. app.tasks.evaluation.evaluate_test")
-    state: str = Field(description="queued, started, retry, success, failure or revoked")
+    state: State
     result: Any = Field(None, description="What the task returned, once it succeeded")
     error: TaskError | None = Field(None, description="The last failure, of an attempt or final")
+    progress: TaskProgress | None = Field(None, description="As the task reports it")
     retries: int = Field(description="Attempts after the first")
     organization_id: str
     user_id: str | None
+    root_id: str | None = Field(description="The task that all of its run were launched by")
+    parent_id: str | None = Field(description="The task that has launched it")
+    abort_requested_at: datetime | None = Field(description="When somebody has cancelled it, or asked it to stop")
+    abort_requested_by: str | None = Field(description="The user who did")
+    eta: datetime | None = Field(description="Not to be run before")
     launched_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
 
-def task_router(app: "Celery", get_tenant: Callable[..., Any]) -> APIRouter:
-    """Routes through which a tenant sees its own tasks.
+class TaskPage(BaseModel):
+    """Some tasks, the latest launch first."""
 
-    ``GET /{task_id}``: a :class:`TaskStatus`; a foreign, unknown or expired id is the same 404.
+    items: list[TaskStatus]
+    next: str | None = Field(description="The cursor of the next page; null on the last one")
+
+
+class TaskTree(BaseModel):
+    """A task and those that it has launched."""
+
+    task: TaskStatus
+    children: list["TaskTree"]
+
+
+class TaskCancellation(BaseModel):
+    """What cancelling a task has done."""
+
+    outcome: Cancellation = Field(
+        description="cancelled: it had not started, and never will.  asked: it runs, and was asked to stop.  "
+        "terminated: besides, its worker was told to end it.  ended: it had ended before"
+    )
+
+
+Redact = Callable[[str], str]
+
+
+def task_router(
+    app: "Celery",
+    get_tenant: Callable[..., Any],
+    *,
+    redact: Redact | None = None,
+    allow_terminate: bool = False,
+) -> APIRouter:
+    """Routes through which a tenant sees its own tasks, and cancels them.
+
+    ======================  ============================================================================
+    ``GET /``               a :class:`TaskPage`, filtered by state, name, root and time of launch
+    ``GET /{id}``           a :class:`TaskStatus`
+    ``GET /{id}/tree``      the run that it belongs to, from its root: a :class:`TaskTree`
+    ``POST /{id}/cancel``   a :class:`TaskCancellation`
+    ======================  ============================================================================
+
+    A foreign, unknown or expired id is the same 404.
 
     Args:
         app: a configured Celery application whose result backend is PostgreSQL.
         get_tenant: a dependency that returns the TenantContext, such as :func:`tenant_dependency` makes.
+        redact: what makes the text of an error fit to be seen by users; if it fails, they see none.
+        allow_terminate: whether ``?terminate=true`` may have a worker end a task that runs.
 
     Raises:
         NotSupportedError: when a route is called, if the result backend keeps no records of tenants.
     """
     router = APIRouter(tags=["tasks"])
+    Tenant = Annotated[TenantContext, Depends(get_tenant)]
+    TaskId = Annotated[str, Path(max_length=255)]
+    unknown: dict[int | str, dict[str, Any]] = {
+        status.HTTP_404_NOT_FOUND: {"description": "No such task of this tenant", "model": _Detail}
+    }
+    bad_cursor: dict[int | str, dict[str, Any]] = {
+        status.HTTP_400_BAD_REQUEST: {"description": "No cursor of this list's", "model": _Detail}
+    }
+    forbidden: dict[int | str, dict[str, Any]] = {
+        status.HTTP_403_FORBIDDEN: {"description": "Tasks cannot be terminated here", "model": _Detail}
+    }
 
-    @router.get("/{task_id}", responses={status.HTTP_404_NOT_FOUND: {"description": "No such task of this tenant"}})
-    def task_status(
-        task_id: Annotated[str, Path(max_length=255)],
-        tenant: Annotated[TenantContext, Depends(get_tenant)],
-    ) -> TaskStatus:
-        """Where a task is."""
-        backend: Any = app.backend
-        if not hasattr(backend, "get_record"):
-            raise NotSupportedError(
-                f"the result backend {backend.as_uri()} keeps no records of tenants, so no task can be shown without "
-                "showing it to everybody.  Use result_backend='postgresql://...'"
-            )
-        with tenant_scope(tenant):
-            # PostgreSQL cannot store a NUL, so no task has it in its id.
-            record = None if "\0" in task_id else backend.get_record(task_id)
-        if record is None:
+    def found(anything: Any) -> Any:
+        if anything is None:
             raise HTTPException(status.HTTP_404_NOT_FOUND, "no such task")
-        error = TaskError(type=record.error_type, message=record.error_message or "") if record.error_type else None
-        return TaskStatus(
-            **{name: getattr(record, name) for name in TaskStatus.model_fields if name != "error"},
-            error=error,
+        return anything
+
+    @router.get("/", responses=bad_cursor)
+    def list_of_tasks(
+        tenant: Tenant,
+        state: Annotated[list[State] | None, Query(description="In one of these states")] = None,
+        name: Annotated[str | None, Query(max_length=255)] = None,
+        root_id: Annotated[str | None, Query(max_length=255, description="Of this run")] = None,
+        launched_from: Annotated[AwareDatetime | None, Query()] = None,
+        launched_before: Annotated[AwareDatetime | None, Query()] = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        cursor: Annotated[str | None, Query(max_length=500, description="next of the page before")] = None,
+    ) -> TaskPage:
+        """Tasks of the tenant, the latest launch first."""
+        after = None
+        if cursor is not None:
+            try:
+                after = _position(cursor)
+            except ValueError:
+                raise HTTPException(status.HTTP_400_BAD_REQUEST, "no cursor of this list") from None
+        if "\0" in f"{name}{root_id}":  # which PostgreSQL cannot store, so no task has it
+            return TaskPage(items=[], next=None)
+        with tenant_scope(tenant):
+            records = list_tasks(
+                app,
+                states=state,
+                name=name,
+                root_id=root_id,
+                launched_from=launched_from,
+                launched_before=launched_before,
+                limit=limit + 1,
+                after=after,
+            )
+        shown = records[:limit]
+        return TaskPage(
+            items=[_status(record, redact) for record in shown],
+            next=_cursor(shown[-1]) if len(records) > limit else None,
         )
 
+    @router.get("/{task_id}", responses=unknown)
+    def task_status(task_id: TaskId, tenant: Tenant) -> TaskStatus:
+        """Where a task is."""
+        with tenant_scope(tenant):
+            return _status(found(get_task(app, task_id)), redact)
+
+    @router.get("/{task_id}/tree", responses=unknown)
+    def tree_of_task(task_id: TaskId, tenant: Tenant) -> TaskTree:
+        """The run that a task belongs to: what was launched by what, and where it is."""
+        with tenant_scope(tenant):
+            return _tree(found(task_tree(app, task_id)), redact)
+
+    @router.post("/{task_id}/cancel", responses={**unknown, **forbidden})
+    def cancel(
+        task_id: TaskId,
+        tenant: Tenant,
+        terminate: Annotated[bool, Query(description="Have the worker end it, if it runs")] = False,
+    ) -> TaskCancellation:
+        """Cancel a task that waits, or ask one that runs to stop."""
+        if terminate and not allow_terminate:
+            raise HTTPException(status.HTTP_403_FORBIDDEN, "tasks cannot be terminated here")
+        with tenant_scope(tenant):
+            return TaskCancellation(outcome=found(cancel_task(app, task_id, terminate=terminate)))
+
     return router
+
+
+class _Detail(BaseModel):
+    detail: str
+
+
+def _status(record: TaskRecord, redact: Redact | None) -> TaskStatus:
+    values = {name: getattr(record, name) for name in TaskStatus.model_fields if hasattr(record, name)}
+    if record.error_type:
+        values["error"] = TaskError(type=record.error_type, message=_redacted(record.error_message or "", redact))
+    if record.progress_done is not None:
+        values["progress"] = TaskProgress(
+            done=record.progress_done, total=record.progress_total, message=record.progress_message or ""
+        )
+    return TaskStatus(**values)
+
+
+def _redacted(text: str, redact: Redact | None) -> str:
+    if redact is None:
+        return text
+    try:
+        return str(redact(text))
+    except Exception:
+        _log.exception("redact= failed; the error's text is left out")
+        return ""
+
+
+def _tree(node: TaskNode, redact: Redact | None) -> TaskTree:
+    return TaskTree(task=_status(node.record, redact), children=[_tree(child, redact) for child in node.children])
+
+
+def _cursor(record: TaskRecord) -> str:
+    place = f"{record.launched_at.isoformat()} {record.task_id}"
+    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
+
+
+def _position(cursor: str) -> tuple[datetime, str]:
+    """The place that a cursor stands for.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    place = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+    launched_at, _, task_id = place.partition(" ")
+    position = datetime.fromisoformat(launched_at)
+    if not task_id or "\0" in task_id or position.tzinfo is None:
+        raise ValueError(cursor)
+    return position, task_id

@@ -13,7 +13,8 @@ import functools
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery.signals import task_postrun, task_prerun, worker_init
@@ -125,7 +126,9 @@ def install(app: Celery, signer: Signer | None = None) -> None:
         with (
             _NOTHING if signer is None else _signing(app, signer, producer, connection) as signing,
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
-            recorded(app, task_id, name, **_lineage(app, options)) if keeps_record else _NOTHING,
+            recorded(app, task_id, name, eta=_due(countdown, eta), **_lineage(app, options))
+            if keeps_record
+            else _NOTHING,
         ):
             if signing is not None:
                 producer, connection = signing, None  # with a connection, Celery would make another producer
@@ -298,7 +301,9 @@ def records(app: Celery) -> bool:
 
 
 @contextmanager
-def recorded(app: Celery, task_id: str, name: str, **lineage: str | None) -> Iterator[None]:
+def recorded(
+    app: Celery, task_id: str, name: str, *, eta: datetime | None = None, **lineage: str | None
+) -> Iterator[None]:
     """A record that the active tenant launched a task, taken back if the block fails.
 
     Nothing, if the result backend keeps no such records.
@@ -307,13 +312,28 @@ def recorded(app: Celery, task_id: str, name: str, **lineage: str | None) -> Ite
         yield
         return
     backend: Any = app.backend
-    is_new = backend.record_launch(task_id, name, **lineage)
+    is_new = backend.record_launch(task_id, name, **lineage, eta=eta)
     try:
         yield
     except BaseException:
         if is_new:
             backend.discard_launch(task_id)
         raise
+
+
+def _recorded(
+    app: Celery, task_id: str, name: str, countdown: Any, eta: Any, options: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    return recorded(app, task_id, name, eta=_due(countdown, eta), **_lineage(app, options))
+
+
+def _due(countdown: Any, eta: Any) -> datetime | None:
+    """When a task is due, if that is later: as Celery sees it."""
+    if countdown:
+        return datetime.now(UTC) + timedelta(seconds=float(countdown))
+    if isinstance(eta, str):
+        eta = datetime.fromisoformat(eta)
+    return eta if isinstance(eta, datetime) else None
 
 
 def _lineage(app: Celery, options: Mapping[str, Any]) -> dict[str, str | None]:

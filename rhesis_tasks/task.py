@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from typing_extensions import override
 
 from .batch import BatchOutcome, Items, ItemT, ResultT, run_batch
@@ -95,13 +95,19 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     def _run_body(self, state: RequestState, args: Any, kwargs: Any) -> Any:
         if state.is_cancelled:
-            raise Ignore("it was cancelled before it was started")
+            self._drop()
         state.is_running, state.awaits_body = True, self.is_async
         mark_current_span()
         try:
             return self.run(*args, **kwargs)
         finally:
             renew(state)
+
+    def _drop(self) -> None:
+        """What was cancelled before it was started does not run; a chord that it is part of hears of it."""
+        if self.request.chord:
+            self.backend.on_chord_part_return(self.request, "REVOKED", TaskRevokedError("cancelled"))
+        raise Ignore("it was cancelled before it was started")
 
     def _call_directly(self, args: Any, kwargs: Any) -> Any:
         """As a plain function, with a request that names the active tenant."""

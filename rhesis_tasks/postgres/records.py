@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -23,12 +23,48 @@ from .connection import read_only
 from .engines import shared_engine
 from .schema import ensure_schema
 
-__all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "is_lost"]
+__all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost"]
 
 ATTEMPTS: Final = 4
 """How often a statement is tried on a connection that may be lost."""
 
 _ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """Where a task is, as its tenant may see it."""
+
+    task_id: str
+    organization_id: str | None
+    user_id: str | None
+    name: str | None
+    state: State
+    custom_state: str | None  #: the application's own name for a running task's state, e.g. "PROGRESS"
+    retries: int
+    root_id: str | None
+    parent_id: str | None
+    queue: str | None
+    worker: str | None
+    result: Any  #: the return value, once it succeeded
+    error_type: str | None
+    error_message: str | None
+    traceback: str | None
+    progress_done: int | None  #: as the task reports it
+    progress_total: int | None
+    progress_message: str | None
+    abort_requested_at: datetime.datetime | None  #: when somebody wanted it to stop early
+    abort_requested_by: str | None  #: the user
+    eta: datetime.datetime | None  #: not to be run before
+    launched_at: datetime.datetime
+    started_at: datetime.datetime | None
+    finished_at: datetime.datetime | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], result: Any = None) -> TaskRecord:
+        """The record in a row, with the result as the caller has decoded it."""
+        values = {field.name: row[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**values, "state": State(row["state"]), "result": result})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ a read the active one; row-level security holds to both.  Arguments of tasks are
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import logging
@@ -29,7 +28,7 @@ from ..errors import ContextError, MissingTenantError, SignatureError
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, rendered, schema_name
 from ..states import State, by_celery, expire, to_celery
-from .records import ChordPart, Filter, RecordTable, StateChange, is_lost
+from .records import ChordPart, Filter, RecordTable, StateChange, TaskRecord, is_lost
 from .waiting import listener_for
 
 __all__ = ["PostgresBackend", "TaskRecord"]
@@ -39,35 +38,6 @@ WANTED_FOR: Final = 30.0
 
 _NO_TENANT: Final = ""
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TaskRecord:
-    """Where a task is, as its tenant may see it."""
-
-    task_id: str
-    organization_id: str | None
-    user_id: str | None
-    name: str | None
-    state: State
-    custom_state: str | None  #: the application's own name for a running task's state, e.g. "PROGRESS"
-    retries: int
-    root_id: str | None
-    parent_id: str | None
-    queue: str | None
-    worker: str | None
-    result: Any  #: the return value, once it succeeded
-    error_type: str | None
-    error_message: str | None
-    traceback: str | None
-    progress_done: int | None  #: as the task reports it
-    progress_total: int | None
-    progress_message: str | None
-    abort_requested_at: datetime.datetime | None  #: when somebody wanted it to stop early
-    abort_requested_by: str | None  #: the user
-    launched_at: datetime.datetime
-    started_at: datetime.datetime | None
-    finished_at: datetime.datetime | None
 
 
 class PostgresBackend(DatabaseBackend):
@@ -283,11 +253,8 @@ class PostgresBackend(DatabaseBackend):
         return [self._record(row) for row in rows]
 
     def _record(self, row: Mapping[str, Any]) -> TaskRecord:
-        state = State(row["state"])
-        values = {field.name: row[field.name] for field in dataclasses.fields(TaskRecord)}
-        values["result"] = self._decode_stored_result(row["result"]) if state is State.SUCCESS else None
-        values["state"] = state
-        return TaskRecord(**values)
+        succeeded = row["state"] == State.SUCCESS
+        return TaskRecord.of(row, self._decode_stored_result(row["result"]) if succeeded else None)
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
         """A task as Celery's AsyncResult wants it; an unknown one is PENDING."""

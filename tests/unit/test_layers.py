@@ -19,7 +19,7 @@ LAYERS = [
     {"postgres"},
     {"retry", "batch", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "loops", "otel"}
     | {"reporting"},
-    {"request", "guard", "task", "launch", "app"},
+    {"request", "guard", "task", "launch", "status", "app"},
     {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

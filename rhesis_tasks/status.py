@@ -1,0 +1,157 @@
+"""What a tenant sees of its tasks, and can do to them.
+
+All of it is for the active tenant: a foreign, unknown or expired id is None, whatever is asked.  Needs the result
+backend on PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from .errors import NotSupportedError
+from .postgres.records import Filter
+from .states import State
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from .postgres.records import TaskRecord
+
+__all__ = ["Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", "task_tree"]
+
+MAX_TREE: Final = 10_000
+"""The largest number of tasks in a tree."""
+
+
+class Cancellation(StrEnum):
+    """What cancelling a task has done."""
+
+    CANCELLED = "cancelled"  #: it had not started, and never will
+    ASKED = "asked"  #: it runs, and was asked to stop
+    TERMINATED = "terminated"  #: it runs, was asked to stop, and its worker told to end it (where the pool can)
+    ENDED = "ended"  #: it had ended before
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskNode:
+    """A task and those that it has launched."""
+
+    record: TaskRecord
+    children: tuple[TaskNode, ...]
+
+
+def get_task(app: Celery, task_id: str) -> TaskRecord | None:
+    """One task's record.
+
+    Raises:
+        MissingTenantError: no tenant is active.
+        NotSupportedError: the result backend keeps no records.
+    """
+    record: TaskRecord | None = _backend(app).get_record(task_id)
+    return record
+
+
+def list_tasks(
+    app: Celery,
+    *,
+    states: Sequence[State] | None = None,
+    name: str | None = None,
+    root_id: str | None = None,
+    launched_from: datetime.datetime | None = None,
+    launched_before: datetime.datetime | None = None,
+    limit: int = 50,
+    after: tuple[datetime.datetime, str] | None = None,
+) -> list[TaskRecord]:
+    """Records, the latest launch first.
+
+    Args:
+        app: a configured application.
+        states: those that are in one of these.
+        name: those of this task.
+        root_id: those of this run.
+        launched_from: those launched then or later.
+        launched_before: those launched before.
+        limit: how many at most.
+        after: ``(launched_at, task_id)`` of the last one that was seen, to go on behind it, whatever was launched
+            meanwhile.
+
+    Raises:
+        MissingTenantError: no tenant is active.
+        NotSupportedError: the result backend keeps no records.
+    """
+    which = Filter(states, name, root_id, launched_from, launched_before)
+    records: list[TaskRecord] = _backend(app).list_records(which, limit=limit, after=after)
+    return records
+
+
+def cancel_task(app: Celery, task_id: str, *, terminate: bool = False) -> Cancellation | None:
+    """Cancel a task: one that has not started never will, one that runs is asked to stop (``should_abort()``).
+
+    Its record says who has cancelled it, the first time.
+
+    Args:
+        app: a configured application.
+        task_id: the task's.
+        terminate: besides, have the worker end a task that runs: with prefork its process.  Other pools go on.
+
+    Raises:
+        MissingTenantError: no tenant is active.
+        NotSupportedError: the result backend keeps no records.
+    """
+    backend = _backend(app)
+    if backend.cancel_waiting(task_id):
+        return Cancellation.CANCELLED
+    if backend.request_abort(task_id):
+        if not terminate:
+            return Cancellation.ASKED
+        app.control.revoke(task_id, terminate=True)
+        return Cancellation.TERMINATED
+    return None if backend.get_record(task_id) is None else Cancellation.ENDED
+
+
+def task_tree(app: Celery, task_id: str) -> TaskNode | None:
+    """The run that a task belongs to, from its root: what was launched by whom, and where it is.
+
+    Tasks whose parent is not there any more hang on the root.  Not more than the latest :data:`MAX_TREE` tasks.
+
+    Raises:
+        MissingTenantError: no tenant is active.
+        NotSupportedError: the result backend keeps no records.
+    """
+    backend = _backend(app)
+    own = backend.get_record(task_id)
+    if own is None:
+        return None
+    root_id = own.root_id or own.task_id
+    records = {each.task_id: each for each in backend.list_records(Filter(root_id=root_id), limit=MAX_TREE)}
+    records.setdefault(own.task_id, own)
+    root = records.get(root_id) or min(records.values(), key=_launched)
+    children: dict[str, list[TaskRecord]] = {}
+    for record in records.values():
+        if record is not root:
+            parent = record.parent_id if record.parent_id in records else root.task_id
+            children.setdefault(str(parent), []).append(record)
+    return _node(root, children)
+
+
+def _node(record: TaskRecord, children: dict[str, list[TaskRecord]]) -> TaskNode:
+    own = sorted(children.pop(record.task_id, ()), key=_launched)  # taken out, so that a circle ends
+    return TaskNode(record, tuple(_node(child, children) for child in own))
+
+
+def _launched(record: TaskRecord) -> tuple[datetime.datetime, str]:
+    return record.launched_at, record.task_id
+
+
+def _backend(app: Celery) -> Any:
+    backend: Any = app.backend
+    if not hasattr(backend, "get_record"):
+        raise NotSupportedError(
+            f"the result backend {backend.as_uri()} keeps no records of tenants, so no task can be shown or cancelled "
+            "for one of them only.  Use result_backend='postgresql://...'"
+        )
+    return backend

@@ -115,18 +115,19 @@ class _Run:
         self.is_interrupted = False  #: the soft time limit was reached
         self.noticed = False  #: ... and the loop has heard of it
         self._loop: asyncio.AbstractEventLoop
-        self._context: Context
         self._giving_up: asyncio.TimerHandle | None = None
-        self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None  # made when there is one: most runs have none
+        # Asynchronous generators that have begun, by their ids, since a weak reference is dead when one is dropped.
+        self._generators: dict[int, tuple[weakref.ref[AsyncGenerator[Any, Any]], Context]] = {}
         self._dropped: deque[tuple[AsyncGenerator[Any, Any], Context]] = deque()
-        self._generators: weakref.WeakKeyDictionary[AsyncGenerator[Any, Any], Context] = weakref.WeakKeyDictionary()
 
     def start(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """The task that runs the coroutine, with a copy of the running context."""
         self._loop = loop
-        self._context = copy_context()
-        self._context.run(_run.set, self)
-        self.body = body = loop.create_task(self._through(coroutine), context=self._context)
+        context = copy_context()  # not kept: it has the run, and both would wait for the garbage collector
+        context.run(_run.set, self)
+        # Not by the loop's factory: this is none of the tasks that the coroutine starts.
+        self.body = body = asyncio.Task(self._through(coroutine), loop=loop, context=context)
         return body
 
     async def _through(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -142,17 +143,22 @@ class _Run:
             if self._giving_up is not None:
                 self._giving_up.cancel()
             try:
-                self.is_clear = await self._clear(logging.WARNING if succeeded else logging.INFO)
+                left = self._left()
+                if left or self._tasks or self._generators or self._dropped:
+                    await self._clear(left, logging.WARNING if succeeded else logging.INFO)
+                else:
+                    self.is_clear = True
             finally:
                 self.is_over = True  # before what is left in this turn of the loop
 
     def _remember(self, generator: AsyncGenerator[Any, Any]) -> None:
         """Called for each asynchronous generator when it begins."""
-        self._generators[generator] = copy_context()
+        self._generators[id(generator)] = weakref.ref(generator), copy_context()
 
     def _close_later(self, generator: AsyncGenerator[Any, Any]) -> None:
         """Called for each that is dropped before its end, by whatever thread."""
-        self._dropped.append((generator, self._generators.pop(generator, self._context)))
+        _, context = self._generators.pop(id(generator), (None, Context()))
+        self._dropped.append((generator, context))
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._close_dropped)
 
@@ -164,6 +170,12 @@ class _Run:
             closing.append(self._loop.create_task(generator.aclose(), context=context))
         return closing
 
+    def register(self, task: asyncio.Task[Any]) -> None:
+        """Called for each task that is started in this run's context."""
+        if self._tasks is None:
+            self._tasks = weakref.WeakSet()
+        self._tasks.add(task)
+
     # --- what it leaves --------------------------------------------------------------------------------------
 
     def _left(self) -> list[asyncio.Task[Any]]:
@@ -172,36 +184,34 @@ class _Run:
         tasks.discard(asyncio.current_task(self._loop))
         return list(tasks)
 
-    async def _clear(self, level: int) -> bool:
-        """Cancel what was started and is not done, and wait until it is; whether it is, in time."""
-        left = self._left()
+    async def _clear(self, left: list[asyncio.Task[Any]], level: int) -> None:
+        """Cancel what was started and is not done, and wait until it is."""
         if left:
             _log.log(level, "task %s left %s behind: cancelled", self.name, _named(left))
         deadline = self._loop.time() + self.grace
         while left or self._generators or self._dropped:
             for task in left:
                 task.cancel()
-            self._dropped.extend(self._generators.items())
+            begun = [(generator(), context) for generator, context in self._generators.values()]
             self._generators.clear()
+            self._dropped.extend((generator, context) for generator, context in begun if generator is not None)
             left += self._close_dropped()
+            if not left:
+                break
             _, pending = await asyncio.wait(left, timeout=max(0.0, deadline - self._loop.time()))
             if pending:
                 _log.error("task %s: %s did not end in %g s", self.name, _named(pending), self.grace)
-                return False
+                return
             left = self._left()
         self._report_failures()
-        return True
+        self.is_clear = True
 
     def _report_failures(self) -> None:
         """Say now what asyncio would say when the tasks are collected, in whatever context that is."""
-        for task in self._tasks:
-            if task is not self.body and task.done() and getattr(task, "_log_traceback", False):
+        for task in self._tasks or ():
+            if task.done() and getattr(task, "_log_traceback", False):
                 error = task.exception()
                 _log.error("task %s: %s failed, and nobody looked", self.name, _named([task]), exc_info=error)
-
-    def register(self, task: asyncio.Task[Any]) -> None:
-        """Called for each task that is started in this run's context."""
-        self._tasks.add(task)
 
     # --- soft time limits ------------------------------------------------------------------------------------
 

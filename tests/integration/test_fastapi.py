@@ -139,6 +139,8 @@ def test_a_task_is_shown_to_its_tenant_from_the_launch_on(client: TestClient, pa
     shown = status.json()
     assert shown.pop("launched_at")
     assert shown == {
+        **dict.fromkeys(["abort_requested_at", "abort_requested_by", "eta", "parent_id", "progress"]),
+        "root_id": task_id,
         "task_id": task_id,
         "name": "work",
         "state": "queued",

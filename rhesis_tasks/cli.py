@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from celery import Celery
     from sqlalchemy import Engine
 
 __all__ = ["main"]
@@ -124,6 +126,129 @@ def status(database_url: str, name: str | None) -> None:
     click.echo(found)
     if not found.is_current:
         sys.exit(1)
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------
+
+_app = click.option(
+    "-A",
+    "--app",
+    "app",
+    required=True,
+    metavar="MODULE",
+    help="The Celery application, as for celery: module:attribute.",
+)
+_organization = click.option(
+    "--organization", required=True, help="The tenant whose tasks they are; another one's are unknown."
+)
+_user = click.option("--user", help="Who is acting, for the records.")
+
+
+@commands.group()
+def tasks() -> None:
+    """What a tenant's tasks are doing."""
+
+
+@tasks.command("show")
+@click.argument("task_id")
+@_app
+@_organization
+@click.option("--follow", is_flag=True, help="Show its progress until it ends; exits with 1 unless it succeeds.")
+def show(task_id: str, app: str, organization: str, follow: bool) -> None:
+    """Print where a task is."""
+    from .context import TenantContext, tenant_scope
+    from .display import describe, follow_task
+    from .states import State
+    from .status import get_task
+
+    with tenant_scope(TenantContext(organization)):
+        application = _application(app)
+        record = follow_task(application, task_id) if follow else get_task(application, task_id)
+    if record is None:
+        raise click.ClickException(f"organization {organization} has no task {task_id}")
+    click.echo(describe(record))
+    if follow and record.state is not State.SUCCESS:
+        sys.exit(1)
+
+
+@tasks.command("list")
+@_app
+@_organization
+@click.option("--state", "states", multiple=True, help="Only those in this state; repeatable.")
+@click.option("--name", help="Only those of this task.")
+@click.option("--root", "root_id", help="Only those of this run.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
+def list_command(
+    app: str, organization: str, states: tuple[str, ...], name: str | None, root_id: str | None, limit: int
+) -> None:
+    """Print tasks, the latest launch first."""
+    from .context import TenantContext, tenant_scope
+    from .display import line
+    from .states import State
+    from .status import list_tasks
+
+    try:
+        wanted = [State(state) for state in states] or None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; one of {', '.join(State)}", param_hint="--state") from None
+    with tenant_scope(TenantContext(organization)):
+        for record in list_tasks(_application(app), states=wanted, name=name, root_id=root_id, limit=limit):
+            click.echo(line(record))
+
+
+@tasks.command("tree")
+@click.argument("task_id")
+@_app
+@_organization
+def tree(task_id: str, app: str, organization: str) -> None:
+    """Print the run that a task belongs to, and where each of its tasks is."""
+    from .context import TenantContext, tenant_scope
+    from .display import outline
+    from .status import task_tree
+
+    with tenant_scope(TenantContext(organization)):
+        node = task_tree(_application(app), task_id)
+    if node is None:
+        raise click.ClickException(f"organization {organization} has no task {task_id}")
+    for each in outline(node):
+        click.echo(each)
+
+
+@tasks.command("cancel")
+@click.argument("task_id")
+@_app
+@_organization
+@_user
+@click.option("--terminate", is_flag=True, help="Have the worker end it, if it runs (prefork).")
+def cancel(task_id: str, app: str, organization: str, user: str | None, terminate: bool) -> None:
+    """Cancel a task that waits, or ask one that runs to stop."""
+    from .context import TenantContext, tenant_scope
+    from .status import cancel_task
+
+    with tenant_scope(TenantContext(organization, user)):
+        outcome = cancel_task(_application(app), task_id, terminate=terminate)
+    if outcome is None:
+        raise click.ClickException(f"organization {organization} has no task {task_id}")
+    click.echo(f"{task_id}: {outcome}")
+
+
+def _application(name: str) -> Celery:
+    """The Celery application that a command is for.
+
+    Raises:
+        ClickException: there is none.
+    """
+    from celery.app.utils import find_app
+
+    sys.path.insert(0, os.getcwd())  # as celery does
+    try:
+        found: Celery = find_app(name)
+    except (ImportError, AttributeError) as error:
+        raise click.ClickException(f"there is no Celery application {name!r}: {error}") from error
+    return found
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -20,7 +20,7 @@ LAYERS = [
     {"retry", "batch", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "loops", "otel"}
     | {"reporting"},
     {"request", "guard", "task", "launch", "status", "app"},
-    {"cli", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
+    {"cli", "display", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,45 +1,41 @@
 """Where the coroutine of an ``async def`` task runs: one event loop for each thread that runs tasks.
 
-A loop is used again by the thread's next task, which may be another tenant's.  So nothing of a run outlives it: what it
-has started is cancelled and waited for, and a loop on which something would not end is given up, with its connections.
+A loop is used again by the thread's next task, which may be another tenant's.  So no coroutine of a run outlives it:
+what it has started is cancelled and waited for, and a loop on which something would not end is given up, with its
+connections.  (``asyncio.Runner`` would wait for such a thing for ever, and does not clear up between two runs.)
 """
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import atexit
-import functools
 import logging
 import os
-import signal
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
+from enum import IntEnum
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.signals import worker_process_shutdown
 from typing_extensions import override
 
+from . import soft_limits
 from .errors import ConfigurationError, LeftoverError, MissingExtraError, TaskCancelledError
 from .postgres.engines import abandon_engines, dispose_engines
-from .threads import ContextThreadPoolExecutor
+from .threads import in_task
 
 __all__ = ["LoopFactory", "close_loops", "loop_factory", "run_coroutine"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
-
-BLOCKED_AFTER: Final = 1.0
-"""Seconds that a loop has to notice a soft time limit, before the code that blocks it is interrupted."""
 
 _log = logging.getLogger(__name__)
 _run: ContextVar[_Run | None] = ContextVar("rhesis_tasks.run", default=None)
@@ -86,11 +82,11 @@ def run_coroutine(
         BaseException: whatever it raises.
     """
     if asyncio._get_running_loop() is None:
-        return _loop_of_thread(factory).run(_Run(name, grace), coroutine)
+        return _loop_of_thread(factory).run(coroutine, name, grace)
 
     def run_and_close() -> T:
         try:
-            return _loop_of_thread(factory).run(_Run(name, grace), coroutine)
+            return _loop_of_thread(factory).run(coroutine, name, grace)
         finally:
             close_loops()
 
@@ -102,35 +98,42 @@ def run_coroutine(
 # --- one run -----------------------------------------------------------------------------------------------------
 
 
+class _Phase(IntEnum):
+    BEFORE = 0
+    RUNNING = 1
+    CLEARING = 2  #: the coroutine has ended, and what it has left is ended
+    OVER = 3  #: nothing more may start
+
+
 class _Run:
     """One task's coroutine on a loop, and everything that it starts."""
 
-    def __init__(self, name: str, grace: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, name: str, grace: float) -> None:
         self.name = name
         self.grace = grace
-        self.body: asyncio.Task[Any] | None = None
-        self.has_ended = False  #: the task's coroutine has, and what it left is being cleared away
-        self.is_over = False  #: that is done, too; nothing more may start
+        self.phase = _Phase.BEFORE
         self.is_clear = False  #: nothing is left
         self.is_interrupted = False  #: the soft time limit was reached
-        self.noticed = False  #: ... and the loop has heard of it
-        self._loop: asyncio.AbstractEventLoop
+        self._loop = loop
+        self._body: asyncio.Task[Any] | None = None
+        self._noticed = False  # the loop has heard of the soft time limit
         self._giving_up: asyncio.TimerHandle | None = None
         self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None  # made when there is one: most runs have none
         # Asynchronous generators that have begun, by their ids, since a weak reference is dead when one is dropped.
         self._generators: dict[int, tuple[weakref.ref[AsyncGenerator[Any, Any]], Context]] = {}
         self._dropped: deque[tuple[AsyncGenerator[Any, Any], Context]] = deque()
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def start(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """The task that runs the coroutine, with a copy of the running context."""
-        self._loop = loop
         context = copy_context()  # not kept: it has the run, and both would wait for the garbage collector
         context.run(_run.set, self)
         # Not by the loop's factory: this is none of the tasks that the coroutine starts.
-        self.body = body = asyncio.Task(self._through(coroutine), loop=loop, context=context)
+        self._body = body = asyncio.Task(self._through(coroutine), loop=self._loop, context=context)
         return body
 
     async def _through(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self.phase = _Phase.RUNNING
         # Those of the loop would close a generator in whatever context, even of whatever thread, it is found in.
         sys.set_asyncgen_hooks(self._remember, self._close_later)  # until the loop stops
         succeeded = False
@@ -139,20 +142,32 @@ class _Run:
             succeeded = True
             return result
         finally:
-            self.has_ended = True
+            self.phase = _Phase.CLEARING
             if self._giving_up is not None:
                 self._giving_up.cancel()
             try:
-                left = self._left()
-                if left or self._tasks or self._generators or self._dropped:
-                    await self._clear(left, logging.WARNING if succeeded else logging.INFO)
+                if self._tasks or self._generators or self._dropped or self._left():
+                    await self._clear(logging.WARNING if succeeded else logging.INFO)
                 else:
                     self.is_clear = True
             finally:
-                self.is_over = True  # before what is left in this turn of the loop
+                self.phase = _Phase.OVER  # before what is left in this turn of the loop
+
+    def forget(self) -> None:
+        """Refer to nothing any more."""
+        self.phase = _Phase.OVER
+        self._body = None  # whose context has the run
+
+    def register(self, task: asyncio.Task[Any]) -> None:
+        """Called for each task that is started in this run's context."""
+        if self._tasks is None:
+            self._tasks = weakref.WeakSet()
+        self._tasks.add(task)
+
+    # --- asynchronous generators -----------------------------------------------------------------------------
 
     def _remember(self, generator: AsyncGenerator[Any, Any]) -> None:
-        """Called for each asynchronous generator when it begins."""
+        """Called for each when it begins."""
         self._generators[id(generator)] = weakref.ref(generator), copy_context()
 
     def _close_later(self, generator: AsyncGenerator[Any, Any]) -> None:
@@ -162,49 +177,63 @@ class _Run:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._close_dropped)
 
-    def _close_dropped(self) -> list[asyncio.Task[None]]:
+    def _close_dropped(self) -> None:
         """Close those that were dropped, each in the context in which it has begun."""
-        closing = []
-        while self._dropped and not self.is_over:
+        while self._dropped and self.phase < _Phase.OVER:
             generator, context = self._dropped.popleft()
-            closing.append(self._loop.create_task(generator.aclose(), context=context))
-        return closing
-
-    def register(self, task: asyncio.Task[Any]) -> None:
-        """Called for each task that is started in this run's context."""
-        if self._tasks is None:
-            self._tasks = weakref.WeakSet()
-        self._tasks.add(task)
+            closing = self._loop.create_task(generator.aclose(), context=context)
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     # --- what it leaves --------------------------------------------------------------------------------------
 
     def _left(self) -> list[asyncio.Task[Any]]:
-        """The loop's tasks that are not done, but for the running one."""
+        """The loop's tasks that are not done, but for the body's and the running one."""
         tasks = asyncio.all_tasks(self._loop)
-        tasks.discard(asyncio.current_task(self._loop))
+        tasks -= {self._body, asyncio.current_task(self._loop)}
         return list(tasks)
 
-    async def _clear(self, left: list[asyncio.Task[Any]], level: int) -> None:
-        """Cancel what was started and is not done, and wait until it is."""
+    async def _clear(self, level: int) -> None:
+        """End what was started, whoever cancels this meanwhile: a timer of the task's that nobody took back may."""
+        clearing = asyncio.create_task(self._end_all(level))
+        while not clearing.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({clearing})
+        self.is_clear = clearing.result()
+
+    async def _end_all(self, level: int) -> bool:
+        """Cancel what was started and is not done, and wait until it is; whether it is, in time."""
+        deadline = self._loop.time() + self.grace
+        # First what the body has dropped, which may end by itself what it has started, as a batch does.
+        self._close_dropped()
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=self.grace)
+        left = self._left()
         if left:
             _log.log(level, "task %s left %s behind: cancelled", self.name, _named(left))
-        deadline = self._loop.time() + self.grace
-        while left or self._generators or self._dropped:
-            for task in left:
-                task.cancel()
-            begun = [(generator(), context) for generator, context in self._generators.values()]
-            self._generators.clear()
-            self._dropped.extend((generator, context) for generator, context in begun if generator is not None)
-            left += self._close_dropped()
-            if not left:
-                break
+        while True:
+            if not left:  # no task is in the middle of a generator any more
+                self._drop_generators()
+                self._close_dropped()
+                left = list(self._closing)
+                if not left:
+                    break
+            else:
+                for task in left:
+                    task.cancel()
             _, pending = await asyncio.wait(left, timeout=max(0.0, deadline - self._loop.time()))
             if pending:
                 _log.error("task %s: %s did not end in %g s", self.name, _named(pending), self.grace)
-                return
+                return False
             left = self._left()
         self._report_failures()
-        self.is_clear = True
+        return True
+
+    def _drop_generators(self) -> None:
+        """Those that somebody holds."""
+        begun = [(generator(), context) for generator, context in self._generators.values()]
+        self._generators.clear()
+        self._dropped.extend((generator, context) for generator, context in begun if generator is not None)
 
     def _report_failures(self) -> None:
         """Say now what asyncio would say when the tasks are collected, in whatever context that is."""
@@ -213,41 +242,30 @@ class _Run:
                 error = task.exception()
                 _log.error("task %s: %s failed, and nobody looked", self.name, _named([task]), exc_info=error)
 
-    # --- soft time limits ------------------------------------------------------------------------------------
+    # --- its soft time limit ---------------------------------------------------------------------------------
+
+    @property
+    def wants_interruption(self) -> bool:
+        return self.phase < _Phase.CLEARING and not self._noticed
+
+    @property
+    def is_in_code(self) -> bool:
+        return asyncio.current_task(self._loop) is not None
 
     def interrupt(self) -> None:
-        """Cancel the coroutine; called by a signal, between any two instructions of the loop's thread."""
-        if self.has_ended or self.is_interrupted:
-            return
-        self.is_interrupted = True
-        self._loop.call_soon_threadsafe(self._cancel)
-        # By the low-level module, since the signal may have interrupted what holds a lock of threading's.
-        _thread.start_new_thread(self._insist, (threading.get_ident(),))
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        self.noticed = True
-        if self.body is not None and not self.has_ended:
-            self.body.cancel()
+        self._noticed = True
+        if self._body is not None and self.phase < _Phase.CLEARING:
+            self._body.cancel()
             self._giving_up = self._loop.call_later(self.grace, self._give_up)
 
     def _give_up(self) -> None:
         _log.error("task %s did not end within %g s of its soft time limit", self.name, self.grace)
         self._loop.stop()
-
-    def _insist(self, thread_id: int) -> None:
-        time.sleep(BLOCKED_AFTER)
-        while not (self.noticed or self.has_ended):
-            _insisting.append(self)
-            signal.pthread_kill(thread_id, signal.SIGUSR1)
-            time.sleep(BLOCKED_AFTER)
-
-    def break_in(self) -> None:
-        """Interrupt code that does not await, as in a synchronous task; called by a signal, too."""
-        if not (self.noticed or self.has_ended) and asyncio.current_task(self._loop) is not None:
-            raise SoftTimeLimitExceeded
-
-
-_insisting: deque[_Run] = deque()  # those for which the next signal was sent from here
 
 
 def _named(tasks: Iterable[asyncio.Task[Any]]) -> str:
@@ -260,7 +278,7 @@ def _start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> a
     """The factory of a loop's tasks, that starts none for a run that is over."""
     context = options.get("context")
     run: _Run | None = _run.get() if context is None else context.get(_run)
-    if run is not None and (run.is_over or run is not getattr(_local, "run", None)):
+    if run is not None and run.phase is _Phase.OVER:
         coroutine.close()
         raise LeftoverError(
             f"{getattr(coroutine, '__qualname__', 'a coroutine')} of task {run.name} was to be started when that was "
@@ -275,12 +293,18 @@ def _start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> a
 # --- the loop of a thread ----------------------------------------------------------------------------------------
 
 
-class _LoopExecutor(ContextThreadPoolExecutor):
-    """For what a run calls in threads: all of its context, not only what ``asyncio.to_thread`` would copy."""
+class _LoopExecutor(ThreadPoolExecutor):
+    """For what a run calls in threads: all of its context and its request, not only what ``to_thread`` would copy."""
 
     @override
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return super().submit(functools.partial(copy_context().run, fn, *args, **kwargs))
+        context, as_task = copy_context(), in_task()
+
+        def call() -> T:
+            with as_task():
+                return context.run(fn, *args, **kwargs)
+
+        return super().submit(call)
 
 
 class _TaskLoop:
@@ -289,35 +313,42 @@ class _TaskLoop:
     def __init__(self, factory: LoopFactory) -> None:
         self._factory = factory
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
 
-    def run(self, run: _Run, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[Any, Any, T], name: str, grace: float) -> T:
         """The coroutine's result; afterwards nothing of it is left."""
         loop = self._loop = self._loop or self._new()
-        _watch_soft_limit()
-        _local.run = run
-        body = run.start(loop, coroutine)
+        run = _Run(loop, name, grace)
+        soft_limits.watch()
+        before = soft_limits.limited(run)
         try:
-            return loop.run_until_complete(body)
+            return loop.run_until_complete(run.start(coroutine))
         except asyncio.CancelledError:
             if run.is_interrupted:
                 raise SoftTimeLimitExceeded from None
             raise TaskCancelledError(
-                f"the coroutine of task {run.name} was cancelled, or awaited something that was"
+                f"the coroutine of task {name} was cancelled, or awaited something that was"
             ) from None
         except RuntimeError:
-            if run.is_interrupted and not run.has_ended:  # given up
+            if run.is_interrupted and run.phase is _Phase.RUNNING:  # given up
                 raise SoftTimeLimitExceeded from None
             raise
         finally:
-            _local.run = None
-            if run.is_clear:
-                self._reset(loop)
-            else:
-                self._abandon(loop, run)
-            run.body = None  # whose context has the run
+            try:
+                if run.phase is _Phase.BEFORE:  # cancelled before its first step
+                    coroutine.close()
+                    run.is_clear = True
+                if run.is_clear:
+                    self._reset(loop)
+                else:
+                    self._abandon(loop, run)
+            finally:
+                run.forget()
+                soft_limits.limited(before)
 
     def _new(self) -> asyncio.AbstractEventLoop:
         loop = self._factory()
+        _open.add(loop)
         loop.set_default_executor(_LoopExecutor(thread_name_prefix="rhesis-tasks"))
         self._reset(loop)
         return loop
@@ -331,26 +362,26 @@ class _TaskLoop:
         """Let nothing on a loop go on, whatever it would do."""
         self._loop = None
         left = asyncio.all_tasks(loop)
-        loop.set_task_factory(None)
         try:
-            if not (run.has_ended or run.is_interrupted):
+            if run.phase is _Phase.RUNNING and not run.is_interrupted:
                 # Something else than the body's end has stopped the loop, which had no time to clean up yet.
                 _cancel_all(loop, left, run.grace)
+            run.phase = _Phase.OVER
             abandon_engines(loop)
             loop.call_soon(loop.stop)
             loop.run_forever()  # for transports, which close when they are called back
         finally:
             loop.close()
+            _open.discard(loop)
             for task in left:
                 if not task.done():
                     task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is in the log already
-                    with suppress(Exception):
-                        task.get_coro().close()
+                    _end(task.get_coro())
 
     def close(self) -> None:
         """Close the loop, and its pooled connections."""
         loop, self._loop = self._loop, None
-        if loop is None or loop.is_closed() or loop.is_running():
+        if loop is None or loop.is_closed() or loop.is_running() or os.getpid() != self._pid:
             return
         loop.set_task_factory(None)
         try:
@@ -359,6 +390,7 @@ class _TaskLoop:
             _log.debug("connections were not closed: %s", error)
         finally:
             loop.close()
+            _open.discard(loop)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -379,26 +411,23 @@ def _cancel_all(loop: asyncio.AbstractEventLoop, tasks: Iterable[asyncio.Task[An
     loop.run_forever()
 
 
-def _watch_soft_limit() -> None:
-    """Let the soft time limit of a prefork pool's process cancel coroutines, instead of breaking into their loop."""
-    pool = sys.modules.get("billiard.pool")  # as it is in such a process
-    if pool is None or threading.get_ident() != threading.main_thread().ident:
+def _end(coroutine: Any) -> None:
+    """Let nothing of a coroutine go on, now or when it is collected, not even where it awaits while it is closed."""
+    for _ in range(100):
+        try:
+            coroutine.close()
+        except RuntimeError:  # it has awaited
+            continue
+        except BaseException as error:
+            _log.debug("closing %r: %r", coroutine, error)
         return
-    if signal.getsignal(signal.SIGUSR1) is pool.soft_timeout_sighandler:
-        signal.signal(signal.SIGUSR1, _on_soft_limit)
 
 
-def _on_soft_limit(*_: Any) -> None:
-    run = getattr(_local, "run", None)
-    if _insisting:
-        _insisting.popleft().break_in()
-    elif run is not None:
-        run.interrupt()
-    else:
-        raise SoftTimeLimitExceeded  # as the pool's own handler does
+_local = threading.local()  # loops: those of the thread by what makes them
 
-
-_local = threading.local()  # loops: those of the thread by what makes them; run: what runs on one of them
+# All that are open, of all threads: a forked child must not even collect its parent's, since closing one changes what
+# the parent's waits for.
+_open: set[asyncio.AbstractEventLoop] = set()
 
 
 def _loop_of_thread(factory: LoopFactory) -> _TaskLoop:
@@ -415,12 +444,8 @@ def close_loops(**_: Any) -> None:
         loop.close()
 
 
-_inherited: list[Any] = []  # kept, since closing a loop of the parent's would change what the parent waits for
-
-
 def _forget_loops() -> None:
     global _local
-    _inherited.append(vars(_local).copy())
     _local = threading.local()
 
 

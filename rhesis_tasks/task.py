@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
 from celery import Task
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from celery.result import EagerResult
 
 __all__ = ["BaseTask", "ContextTask"]
+
+_AWAITS_NOTHING: Final = ("celery.map", "celery.starmap")  # Celery's tasks that call others as functions
 
 
 def _is_plain_call(request: Context) -> bool:
@@ -121,10 +123,10 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         )
         with direct:
             returned = self.run(*args, **kwargs)
-            if not self.is_async:
+            if not (self.is_async and inspect.isawaitable(returned)):
                 return returned
-        if running.get() is not None and asyncio._get_running_loop() is None:
-            # By a task that awaits nothing (celery.map, a synchronous body), and so wants the result.
+        caller: Any = running.get()
+        if caller is not None and caller.task.name in _AWAITS_NOTHING:
             with direct:
                 return self._run_coroutine(returned)
         return _awaited(tenant, direct, returned)
@@ -148,11 +150,11 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         body = inspect.unwrap(cls.run)
         if inspect.isasyncgenfunction(body):
             raise TaskDefinitionError(f"the body of task {cls.name} is an asynchronous generator; let it return a list")
-        if inspect.iscoroutinefunction(body) and not hasattr(cls.run, "awaits"):
+        cls.is_async = inspect.iscoroutinefunction(body)
+        if cls.is_async and not hasattr(cls.run, "awaits"):
             grace = cls.cleanup_grace
             if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
                 raise TaskDefinitionError(f"cleanup_grace of task {cls.name} must be seconds, not {grace!r}")
-            cls.is_async = True
             cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"))  # type: ignore[method-assign]
 
     @override
@@ -211,8 +213,8 @@ def _run_if_awaited(run: Any) -> Any:
     def run_or_return(*args: Any, **kwargs: Any) -> Any:
         state = running.get()
         returned = function(*args, **kwargs)
-        if state is None or not state.awaits_body:
-            return returned
+        if state is None or not state.awaits_body or not inspect.isawaitable(returned):
+            return returned  # the latter from a decorator that runs the coroutine itself
         state.awaits_body = False
         task: Any = state.task
         return task._run_coroutine(returned)
@@ -329,7 +331,7 @@ class BaseTask(ContextTask):
             NotConfiguredError: the application was configured without a database.
             MissingTenantError: there is no tenant.
         """
-        if asyncio._get_running_loop() is not None:
+        if self.is_async and asyncio._get_running_loop() is not None:
             return self.get_async_db_session(**transaction)  # type: ignore[return-value]
         return sessions_of(self.app)(**transaction)
 

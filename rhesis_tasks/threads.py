@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from celery._state import _task_stack, get_current_task  # type: ignore[attr-defined]  # left out of the stubs
@@ -17,7 +18,7 @@ from .context import current_tenant
 from .errors import TaskDefinitionError
 from .variables import MISSING, Activation, registered_vars
 
-__all__ = ["ContextThreadPoolExecutor", "wrap"]
+__all__ = ["ContextThreadPoolExecutor", "in_task", "wrap"]
 
 _LATER = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
@@ -47,27 +48,42 @@ def wrap(function: Callable[P, R], /) -> Callable[P, R]:
     tenant = current_tenant()
     values = {name: registered.value() for name, registered in registered_vars().items()}
     variables = {name: value for name, value in values.items() if value is not MISSING}
-    task: Any = get_current_task()
-    request: Any = None if task is None else task.request_stack.top
+    as_task = in_task()
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         activation = Activation(tenant, variables, are_loaded=True)
-        if request is not None:
-            _task_stack.push(task)
-            task.request_stack.push(request)
         try:
-            returned = function(*args, **kwargs)
+            with as_task():
+                returned = function(*args, **kwargs)
             if inspect.isgenerator(returned) or inspect.iscoroutine(returned) or inspect.isasyncgen(returned):
                 raise TaskDefinitionError(f"wrap() takes a plain function; {function!r} returned what runs later")
             return returned
         finally:
-            if request is not None:
-                task.request_stack.pop()
-                _task_stack.pop()
             activation.undo()
 
     return run
+
+
+def in_task() -> Callable[[], AbstractContextManager[None]]:
+    """What makes the running task known in another thread, where there is one: ``with as_task(): ...``."""
+    task: Any = get_current_task()
+    request: Any = None if task is None else task.request_stack.top
+
+    @contextmanager
+    def as_task() -> Iterator[None]:
+        if request is None:
+            yield
+            return
+        _task_stack.push(task)
+        task.request_stack.push(request)
+        try:
+            yield
+        finally:
+            task.request_stack.pop()
+            _task_stack.pop()
+
+    return as_task
 
 
 class ContextThreadPoolExecutor(ThreadPoolExecutor):

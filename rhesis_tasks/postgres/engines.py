@@ -91,7 +91,7 @@ class LoopEngines:
             # Without a lock, which a fork might leave held for ever: no other thread runs this loop.
             engine = self._engines[loop] = create_async_engine(self._url, **self._options)
             forget_pool_after_fork(engine.sync_engine)
-            _track(engine)
+            event.listen(engine.sync_engine, "connect", _note_loop)
         return engine
 
     def _forget_closed_loops(self) -> None:
@@ -107,11 +107,11 @@ class LoopEngines:
         if engine is not None:
             await engine.dispose()
 
-    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cut the connections of an event loop that will not run any more."""
+    def forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget the engine of an event loop that will not run any more."""
         engine = self._engines.pop(loop, None)
         if engine is not None:
-            _cut(engine)
+            engine.sync_engine.dispose(close=False)
 
 
 class OneLoopEngine:
@@ -120,7 +120,7 @@ class OneLoopEngine:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-        _track(engine)
+        event.listen(engine.sync_engine, "connect", _note_loop)
         _sources.add(self)
 
     def current(self) -> AsyncEngine:
@@ -150,15 +150,20 @@ class OneLoopEngine:
             await self.engine.dispose()
             self._loop = None
 
-    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Cut its connections, if they are those of an event loop that will not run any more."""
+    def forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget its pooled connections, if they are those of an event loop that will not run any more."""
         if self._loop is not None and self._loop() is loop:
-            _cut(self.engine)
+            self.engine.sync_engine.dispose(close=False)
             self._loop = None
 
 
 _sources: weakref.WeakSet[LoopEngines | OneLoopEngine] = weakref.WeakSet()
-_connections: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_loops: weakref.WeakKeyDictionary[Any, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
+
+
+def _note_loop(made: Any, _: object) -> None:
+    """Note whose a connection is: it is made where its event loop runs."""
+    _loops[made.driver_connection] = weakref.ref(asyncio.get_running_loop())
 
 
 async def dispose_engines() -> None:
@@ -169,25 +174,14 @@ async def dispose_engines() -> None:
 
 def abandon_engines(loop: asyncio.AbstractEventLoop) -> None:
     """Cut all connections of an event loop that will not run any more, whatever they are in the middle of."""
+    for connection, its_loop in list(_loops.items()):
+        if its_loop() is loop:
+            if hasattr(connection, "terminate"):
+                connection.terminate()  # asyncpg's
+            else:
+                connection.pgconn.finish()
     for source in list(_sources):
-        source.abandon(loop)
-
-
-def _track(engine: AsyncEngine) -> None:
-    """Know an engine's connections, those that are lent too."""
-    if engine.sync_engine not in _connections:
-        connections: weakref.WeakSet[Any] = weakref.WeakSet()
-        _connections[engine.sync_engine] = connections
-        event.listen(engine.sync_engine, "connect", lambda made, _: connections.add(made.driver_connection))
-
-
-def _cut(engine: AsyncEngine) -> None:
-    for connection in _connections[engine.sync_engine]:
-        if hasattr(connection, "terminate"):
-            connection.terminate()  # asyncpg's
-        else:
-            connection.pgconn.finish()
-    engine.sync_engine.dispose(close=False)
+        source.forget(loop)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -194,7 +194,9 @@ class RecordTable:
     ) -> bool:
         """Write a running task's progress, if ``done`` is given; whether somebody has asked it to stop."""
         return bool(
-            self._scalar("record_progress", (organization_id, task_id, done, total, message, _values(UNFINISHED)))
+            self._scalar(
+                "record_progress", (organization_id, task_id, done, total, message, _values(UNFINISHED)), attempts=1
+            )
         )
 
     def abort(self, organization_id: str, task_id: str, by_user: str | None) -> bool:
@@ -289,23 +291,23 @@ class RecordTable:
         """Where those who wait are notified."""
         return str(self._scalar("result_channel", ()))
 
-    def _scalar(self, function: str, values: Sequence[Any]) -> Any:
-        rows = self._call(function, values)
+    def _scalar(self, function: str, values: Sequence[Any], *, attempts: int = ATTEMPTS) -> Any:
+        rows = self._call(function, values, attempts)
         return next(iter(rows[0].values())) if rows else None
 
-    def _call(self, function: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+    def _call(self, function: str, values: Sequence[Any], attempts: int = ATTEMPTS) -> list[dict[str, Any]]:
         """The rows of one call, in a transaction of its own; tried again if the connection was lost.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached, or is read-only.
             MissingPrivilegeError: the login may not do this.
         """
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             try:
                 with self._connection() as connection:
                     return [dict(row) for row in self._on(connection, function, values).mappings()]
             except Exception as error:
-                if attempt == ATTEMPTS - 1 or not is_lost(error):
+                if attempt == attempts - 1 or not is_lost(error):
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")

@@ -123,9 +123,12 @@ def create_schema(
     try:
         bind.exec_driver_sql(script, execution_options={"no_parameters": True})
     except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != "55000":
+        state, reason = getattr(error.orig, "sqlstate", None), str(error.orig).partition("\n")[0]
+        if state == "55P03":
+            reason = f"{reason}: somebody is in a long transaction with the tables.  Nothing was changed; run it again"
+        elif state != "55000":
             raise
-        raise SchemaError(str(error.orig).partition("\n")[0]) from error
+        raise SchemaError(reason) from error
 
 
 def schema_status(bind: Engine, schema: str | None = None) -> SchemaStatus:

@@ -668,7 +668,7 @@ def test_called_as_a_function_it_may_be_cancelled_and_fail(app: Celery, seen: li
     assert inner.request.args is None
 
 
-def test_a_synchronous_task_that_calls_it_gets_the_result(app: Celery, seen: list[Any]) -> None:
+def test_a_task_that_calls_it_as_a_function_gets_a_coroutine_and_celerys_map_the_result(app: Celery) -> None:
     @app.task(base=BaseTask)
     async def double(number: int) -> int:
         await asyncio.sleep(0)
@@ -676,7 +676,7 @@ def test_a_synchronous_task_that_calls_it_gets_the_result(app: Celery, seen: lis
 
     @app.task(base=BaseTask)
     def outer() -> int:
-        return int(double(1)) + int(double(2))
+        return int(asyncio.run(double(1))) + int(asyncio.run(double(2)))
 
     @app.task(base=BaseTask)
     async def outer_async() -> int:
@@ -686,6 +686,7 @@ def test_a_synchronous_task_that_calls_it_gets_the_result(app: Celery, seen: lis
         assert outer.apply().get() == 6
         assert outer_async.apply().get() == 6
         assert double.map([1, 2, 3]).apply().get() == [2, 4, 6]
+        assert double.starmap([(1,), (2,)]).apply().get() == [2, 4]
 
 
 # --- definitions --------------------------------------------------------------------------------------------------

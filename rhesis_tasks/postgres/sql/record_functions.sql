@@ -96,8 +96,10 @@ BEGIN
         error_message = excluded.error_message,
         traceback = excluded.traceback,
         progress_done = coalesce(excluded.progress_done, r.progress_done),
-        progress_total = coalesce(excluded.progress_total, r.progress_total),
-        progress_message = coalesce(excluded.progress_message, r.progress_message),
+        progress_total = CASE WHEN excluded.progress_done IS NULL THEN r.progress_total
+                              ELSE excluded.progress_total END,
+        progress_message = CASE WHEN excluded.progress_done IS NULL THEN r.progress_message
+                                ELSE excluded.progress_message END,
         started_at = coalesce(r.started_at, excluded.started_at),
         finished_at = excluded.finished_at
     WHERE r.state = ANY (sources) AND (is_finished OR excluded.retries >= r.retries)

@@ -1,5 +1,8 @@
 -- The schema and its version.  A newer version than this one is left alone.
 
+-- Rather fail than make everybody wait behind us for somebody who holds a table.
+SET LOCAL lock_timeout = '5s';
+
 CREATE SCHEMA IF NOT EXISTS @schema@;
 
 CREATE TABLE IF NOT EXISTS @schema@.schema_version (

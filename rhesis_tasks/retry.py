@@ -7,6 +7,7 @@ A policy is a frozen value; its decision is a pure function of the exception, th
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from .errors import ConfigurationError
 
 __all__ = ["DEFAULT", "NO_RETRY", "Decision", "GiveUp", "RetryLater", "RetryPolicy"]
+
+_log = logging.getLogger(__name__)
 
 ExceptionTypes: TypeAlias = tuple[type[BaseException], ...]
 
@@ -55,6 +58,7 @@ class RetryPolicy:
         give_up_on: exception classes that never are, also when ``retry_on`` names a base of theirs.
         retry_after: how many seconds an exception asks to wait at least (an HTTP ``Retry-After``), or None.  The
             backoff comes on top, so that not all that were sent away come back at once; together at most ``cap``.
+            What is no number of 0 or more counts as None, and so does an error, which is logged.
 
     Raises:
         ConfigurationError: a value makes no sense.
@@ -100,7 +104,13 @@ class RetryPolicy:
 
     def _asked_for(self, error: BaseException) -> float:
         """Seconds that the exception asks to wait; 0 if it says nothing that can be understood."""
-        asked = None if self.retry_after is None else self.retry_after(error)
+        if self.retry_after is None:
+            return 0.0
+        try:
+            asked = self.retry_after(error)
+        except Exception:  # it shall not take the place of the error that it is asked about
+            _log.warning("retry_after failed for a %s, and counts as None", type(error).__name__, exc_info=True)
+            return 0.0
         if isinstance(asked, bool) or not isinstance(asked, int | float) or not _finite(asked):
             return 0.0
         return max(0.0, asked)

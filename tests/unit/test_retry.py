@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 from typing import Any
@@ -111,6 +112,107 @@ def test_no_retry_means_that_every_failure_is_final(error: Exception) -> None:
     assert isinstance(retry.NO_RETRY.decide(error, 0), GiveUp)
 
 
+# --- what an exception asks for ----------------------------------------------------------------------------------
+
+
+class TooManyRequests(Exception):
+    """As an HTTP library has it."""
+
+    def __init__(self, retry_after: Any) -> None:
+        self.retry_after = retry_after
+
+
+def asked(error: BaseException) -> Any:
+    return getattr(error, "retry_after", None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "countdown"),
+    [
+        pytest.param(30, 31.0, id="int"),
+        pytest.param(2.5, 3.5, id="float"),
+        pytest.param(0, 1.0, id="at once"),
+        pytest.param(58.5, 59.5, id="just below the cap"),
+        pytest.param(59.5, 60, id="beyond the cap with the backoff"),
+        pytest.param(86400, 60, id="beyond the cap by itself"),
+        pytest.param(1e308, 60, id="never"),
+        pytest.param(None, 1.0, id="nothing"),
+        pytest.param(math.nan, 1.0, id="NaN"),
+        pytest.param(math.inf, 1.0, id="infinite"),
+        pytest.param(-math.inf, 1.0, id="minus infinite"),
+        pytest.param(-30, 1.0, id="in the past"),
+        pytest.param("30", 1.0, id="str"),
+        pytest.param(True, 1.0, id="bool"),
+        pytest.param(10**400, 1.0, id="an int that no float holds"),
+        pytest.param([30], 1.0, id="list"),
+    ],
+)
+def test_what_an_exception_asks_for_comes_before_the_backoff_up_to_the_cap(answer: Any, countdown: float) -> None:
+    policy = RetryPolicy(base=2, cap=60, retry_after=asked)
+
+    assert policy.decide(TooManyRequests(answer), 0, rng=lambda: 0.5) == RetryLater(countdown)
+
+
+def test_an_exception_that_asks_for_nothing_gets_the_backoff() -> None:
+    policy = RetryPolicy(base=2, cap=60, retry_after=asked)
+
+    assert [policy.decide(ValueError(), retries, rng=lambda: 0.5) for retries in range(2)] == [
+        RetryLater(1.0),
+        RetryLater(2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RetryPolicy(max_retries=0, retry_after=asked),
+        RetryPolicy(retry_on=ValueError, retry_after=asked),
+        RetryPolicy(give_up_on=TooManyRequests, retry_after=asked),
+    ],
+    ids=["used up", "not listed", "given up on"],
+)
+def test_what_an_exception_asks_for_makes_nothing_worth_another_attempt(policy: RetryPolicy) -> None:
+    assert isinstance(policy.decide(TooManyRequests(30), 0), GiveUp)
+
+
+def test_a_failing_question_does_not_take_the_place_of_the_error_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(error: BaseException) -> float:
+        raise KeyError("Retry-After")
+
+    policy = RetryPolicy(base=2, cap=60, retry_after=broken)
+    with caplog.at_level(logging.WARNING):
+        decision = policy.decide(TooManyRequests(30), 0, rng=lambda: 0.5)
+
+    assert decision == RetryLater(1.0)
+    (record,) = caplog.records
+    assert record.getMessage() == "retry_after failed for a TooManyRequests, and counts as None"
+    assert record.exc_info is not None and isinstance(record.exc_info[1], KeyError)
+
+
+def test_the_exception_itself_is_what_is_asked_about() -> None:
+    errors: list[BaseException] = []
+    error = TooManyRequests(30)
+
+    RetryPolicy(retry_after=lambda error: errors.append(error)).decide(error, 0)
+
+    assert errors == [error]
+
+
+@given(policies, st.floats() | st.integers(), counts, draws)
+def test_a_wait_that_is_asked_for_is_kept_unless_the_cap_is_shorter(
+    policy: RetryPolicy, answer: float, retries: int, draw: float
+) -> None:
+    asking = dataclasses.replace(policy, retry_after=lambda _: answer)
+    decision = asking.decide(ValueError(), retries, rng=lambda: draw)
+
+    if isinstance(decision, RetryLater):
+        assert 0 <= decision.countdown <= policy.cap
+        if 0 <= answer < 1e300:
+            assert decision.countdown >= min(answer, policy.cap)
+
+
 # --- properties ------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +317,8 @@ def test_exception_classes_are_kept_as_a_tuple(given: Any) -> None:
         ({"retry_on": int}, "retry_on must be exception classes, not <class 'int'>"),
         ({"retry_on": (ValueError, "x")}, "retry_on must be exception classes, not (<class 'ValueError'>, 'x')"),
         ({"give_up_on": ValueError("x")}, "give_up_on must be exception classes, not ValueError('x')"),
+        ({"retry_after": 30}, "retry_after must be a function of an exception, not 30"),
+        ({"retry_after": "header"}, "retry_after must be a function of an exception, not 'header'"),
         ({"give_up_on": (int,)}, "give_up_on must be exception classes, not (<class 'int'>,)"),
     ],
 )

@@ -11,6 +11,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.exceptions import SoftTimeLimitExceeded
+
 from .context import exactly
 from .errors import InvalidProgressError
 from .headers import Progress, RequestState
@@ -95,5 +97,7 @@ class Reporter:
             with exactly(self._state.tenant):  # whatever scope the body is in
                 if self._backend.store_progress(self._task_id, progress):
                     self._is_asked_to_abort = True
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
             _log.warning("the progress of task %s could not be recorded: %s", self._task_id, error)

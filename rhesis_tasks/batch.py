@@ -36,6 +36,7 @@ class BatchOutcome(Generic[ItemT, ResultT]):
     result: ResultT | None  #: what the function returned; None if it failed
     error: Exception | None  #: what its last attempt raised; None if it succeeded
     attempts: int
+    was_stopped: bool = False  #: the batch stopped before a further attempt that the retry policy wanted
 
     def value(self) -> ResultT:
         """The result.
@@ -81,6 +82,7 @@ def run_batch(
         limit: how many items run at once.
         retry_policy: by which a failed item is tried again; what it gives up is an outcome with an error.
         should_stop: asked every second; once it says yes, items that are running are finished, and no others begun.
+            Those that wait for their next attempt end with ``was_stopped``.
         on_progress: called after each outcome was looked at, with how many there were and how many there will be (None
             if ``items`` has no length).
 
@@ -220,8 +222,10 @@ class _Batch(Generic[ItemT, ResultT]):
                 raise asyncio.CancelledError  # whatever the function has made of it
             if error is not None:
                 decision = self._policy.decide(error, attempts - 1)
-                if isinstance(decision, RetryLater) and not await self._is_stopped_within(decision.countdown):
-                    continue
+                if isinstance(decision, RetryLater):
+                    if not await self._is_stopped_within(decision.countdown):
+                        continue
+                    return BatchOutcome(index, item, None, error, attempts, was_stopped=True)
             return BatchOutcome(index, item, result, error, attempts)
 
     async def _attempt(self, item: ItemT) -> ResultT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -28,14 +29,14 @@ from typing_extensions import override
 
 from . import soft_limits
 from .errors import ConfigurationError, LeftoverError, MissingExtraError, TaskCancelledError
-from .postgres.engines import abandon_engines, dispose_engines
+from .postgres.engines import abandon_engines, cut_lent, dispose_engines
 from .threads import in_task
 
 __all__ = ["LoopFactory", "close_loops", "loop_factory", "run_coroutine"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
+LoopFactory: TypeAlias = "Callable[[], _Loop]"
 
 _log = logging.getLogger(__name__)
 _run: ContextVar[_Run | None] = ContextVar("rhesis_tasks.run", default=None)
@@ -49,20 +50,17 @@ def loop_factory(name: str) -> LoopFactory:
         MissingExtraError: uvloop is not installed.
     """
     if name == "asyncio":
-        return asyncio.new_event_loop
+        return _of_runs(asyncio.SelectorEventLoop)
     if name != "uvloop":
         raise ConfigurationError(f"event_loop= is 'asyncio' or 'uvloop', not {name!r}")
     try:
         import uvloop
     except ImportError as error:
         raise MissingExtraError.of("uvloop", "uvloop") from error
-    factory: LoopFactory = uvloop.new_event_loop
-    return factory
+    return _of_runs(uvloop.Loop)
 
 
-def run_coroutine(
-    coroutine: Coroutine[Any, Any, T], *, name: str, grace: float, factory: LoopFactory = asyncio.new_event_loop
-) -> T:
+def run_coroutine(coroutine: Coroutine[Any, Any, T], *, name: str, grace: float, factory: LoopFactory) -> T:
     """Run a task's coroutine to its end, on the loop of this thread.
 
     Where a loop is running already (a task run eagerly by an asynchronous route), in a thread with the same context.
@@ -71,7 +69,7 @@ def run_coroutine(
         coroutine: the task's body.
         name: the task's, for the log.
         grace: seconds that what is cancelled gets to clean up.
-        factory: what makes the loop, if the thread has none.
+        factory: what makes the loop, if the thread has none: see :func:`loop_factory`.
 
     Returns:
         What the coroutine returns.
@@ -90,7 +88,7 @@ def run_coroutine(
         finally:
             close_loops()
 
-    with _LoopExecutor(1, thread_name_prefix=name) as executor:
+    with _LoopExecutor(1, name=name) as executor:
         result: T = executor.submit(run_and_close).result()
     return result
 
@@ -108,17 +106,20 @@ class _Phase(IntEnum):
 class _Run:
     """One task's coroutine on a loop, and everything that it starts."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, name: str, grace: float) -> None:
+    def __init__(self, loop: _Loop, name: str, grace: float) -> None:
         self.name = name
         self.grace = grace
         self.phase = _Phase.BEFORE
         self.is_clear = False  #: nothing is left
         self.is_interrupted = False  #: the soft time limit was reached
+        self.is_given_up = False  #: ... and it did not end then
         self._loop = loop
         self._body: asyncio.Task[Any] | None = None
         self._noticed = False  # the loop has heard of the soft time limit
         self._giving_up: asyncio.TimerHandle | None = None
-        self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None  # made when there is one: most runs have none
+        # Made when there is one, since most runs have none.
+        self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None
+        self._timers: weakref.WeakSet[asyncio.TimerHandle] | None = None
         # Asynchronous generators that have begun, by their ids, since a weak reference is dead when one is dropped.
         self._generators: dict[int, tuple[weakref.ref[AsyncGenerator[Any, Any]], Context]] = {}
         self._dropped: deque[tuple[AsyncGenerator[Any, Any], Context]] = deque()
@@ -134,8 +135,7 @@ class _Run:
 
     async def _through(self, coroutine: Coroutine[Any, Any, T]) -> T:
         self.phase = _Phase.RUNNING
-        # Those of the loop would close a generator in whatever context, even of whatever thread, it is found in.
-        sys.set_asyncgen_hooks(self._remember, self._close_later)  # until the loop stops
+        self.watch_generators()
         succeeded = False
         try:
             result = await coroutine
@@ -150,8 +150,13 @@ class _Run:
                     await self._clear(logging.WARNING if succeeded else logging.INFO)
                 else:
                     self.is_clear = True
+                if cut_lent(self._loop):
+                    for _ in range(3):  # their transports close when they are called back
+                        await asyncio.sleep(0)
             finally:
                 self.phase = _Phase.OVER  # before what is left in this turn of the loop
+                for timer in self._timers or ():
+                    timer.cancel()
 
     def forget(self) -> None:
         """Refer to nothing any more."""
@@ -159,12 +164,22 @@ class _Run:
         self._body = None  # whose context has the run
 
     def register(self, task: asyncio.Task[Any]) -> None:
-        """Called for each task that is started in this run's context."""
+        """Called for each task that is started on the loop."""
         if self._tasks is None:
             self._tasks = weakref.WeakSet()
         self._tasks.add(task)
 
+    def register_timer(self, timer: asyncio.TimerHandle) -> None:
+        """Called for each timer that is set on the loop."""
+        if self._timers is None:
+            self._timers = weakref.WeakSet()
+        self._timers.add(timer)
+
     # --- asynchronous generators -----------------------------------------------------------------------------
+
+    def watch_generators(self) -> None:
+        """Until the loop stops.  Its own hooks would close one in whatever context, and thread, it is found in."""
+        sys.set_asyncgen_hooks(self._remember, self._close_later)
 
     def _remember(self, generator: AsyncGenerator[Any, Any]) -> None:
         """Called for each when it begins."""
@@ -222,10 +237,12 @@ class _Run:
                 for task in left:
                     task.cancel()
             _, pending = await asyncio.wait(left, timeout=max(0.0, deadline - self._loop.time()))
-            if pending:
-                _log.error("task %s: %s did not end in %g s", self.name, _named(pending), self.grace)
-                return False
             left = self._left()
+            # What ends in time may have started others, again and again.
+            if pending or ((left or self._generators) and self._loop.time() >= deadline):
+                named = _named(pending or left) or "what generators begin"
+                _log.error("task %s: %s did not end in %g s", self.name, named, self.grace)
+                return False
         self._report_failures()
         return True
 
@@ -246,7 +263,7 @@ class _Run:
 
     @property
     def wants_interruption(self) -> bool:
-        return self.phase < _Phase.CLEARING and not self._noticed
+        return self.phase < _Phase.OVER and not self._noticed
 
     @property
     def is_in_code(self) -> bool:
@@ -255,7 +272,8 @@ class _Run:
     def interrupt(self) -> None:
         if not self.is_interrupted:
             self.is_interrupted = True
-            self._loop.call_soon_threadsafe(self._cancel)
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         self._noticed = True
@@ -265,6 +283,7 @@ class _Run:
 
     def _give_up(self) -> None:
         _log.error("task %s did not end within %g s of its soft time limit", self.name, self.grace)
+        self.is_given_up = True
         self._loop.stop()
 
 
@@ -274,27 +293,61 @@ def _named(tasks: Iterable[asyncio.Task[Any]]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _start(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
-    """The factory of a loop's tasks, that starts none for a run that is over."""
-    context = options.get("context")
-    run: _Run | None = _run.get() if context is None else context.get(_run)
-    if run is not None and run.phase is _Phase.OVER:
-        coroutine.close()
-        raise LeftoverError(
-            f"{getattr(coroutine, '__qualname__', 'a coroutine')} of task {run.name} was to be started when that was "
-            "over: by a callback, or by a thread.  Await it in the task"
-        )
-    task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=loop, **options)
-    if run is not None:
-        run.register(task)
-    return task
-
-
 # --- the loop of a thread ----------------------------------------------------------------------------------------
+
+
+class _Loop(asyncio.AbstractEventLoop):
+    """An event loop on which everything belongs to a run, and that starts nothing for one that is over."""
+
+    current: _Run | None = None
+
+
+@functools.cache
+def _of_runs(base: type[Any]) -> LoopFactory:
+    """Such a loop of a kind."""
+
+    class Loop(base):  # type: ignore[misc]
+        current: _Run | None = None
+
+        def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+            context = options.get("context")
+            run: _Run | None = _run.get() if context is None else context.get(_run)
+            if run is not None and run.phase is _Phase.OVER:
+                coroutine.close()
+                raise LeftoverError(
+                    f"{getattr(coroutine, '__qualname__', 'a coroutine')} of task {run.name} was to be started when "
+                    "that was over: by a callback, or by a thread.  Await it in the task"
+                )
+            task: asyncio.Task[Any] = super().create_task(coroutine, **options)
+            if self.current is not None:
+                self.current.register(task)
+            return task
+
+        def call_later(self, *args: Any, **options: Any) -> asyncio.TimerHandle:
+            return self._of_run(super().call_later(*args, **options))
+
+        def call_at(self, *args: Any, **options: Any) -> asyncio.TimerHandle:
+            return self._of_run(super().call_at(*args, **options))
+
+        def _of_run(self, timer: asyncio.TimerHandle) -> asyncio.TimerHandle:
+            if self.current is not None:
+                self.current.register_timer(timer)
+            return timer
+
+    return Loop
 
 
 class _LoopExecutor(ThreadPoolExecutor):
     """For what a run calls in threads: all of its context and its request, not only what ``to_thread`` would copy."""
+
+    def __init__(self, max_workers: int | None = None, *, name: str = "rhesis-tasks") -> None:
+        super().__init__(max_workers, thread_name_prefix=name)
+        self._calls: set[Future[Any]] = set()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the next task finds all threads free, and may use them."""
+        return not (self._calls or self._shutdown)
 
     @override
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -304,7 +357,10 @@ class _LoopExecutor(ThreadPoolExecutor):
             with as_task():
                 return context.run(fn, *args, **kwargs)
 
-        return super().submit(call)
+        called = super().submit(call)
+        self._calls.add(called)
+        called.add_done_callback(self._calls.discard)
+        return called
 
 
 class _TaskLoop:
@@ -312,17 +368,29 @@ class _TaskLoop:
 
     def __init__(self, factory: LoopFactory) -> None:
         self._factory = factory
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: _Loop | None = None
+        self._executor: _LoopExecutor
+        self._debug: bool
         self._pid = os.getpid()
 
     def run(self, coroutine: Coroutine[Any, Any, T], name: str, grace: float) -> T:
         """The coroutine's result; afterwards nothing of it is left."""
-        loop = self._loop = self._loop or self._new()
-        run = _Run(loop, name, grace)
+        if self._loop is None or self._loop.is_closed():
+            self._loop = self._new()
+        loop = self._loop
+        run = loop.current = _Run(loop, name, grace)
         soft_limits.watch()
         before = soft_limits.limited(run)
         try:
-            return loop.run_until_complete(run.start(coroutine))
+            body = run.start(coroutine)
+            while True:
+                try:
+                    return loop.run_until_complete(body)
+                except RuntimeError:
+                    if body.done() or run.is_given_up:
+                        raise
+                    # Somebody has stopped the loop, maybe a callback that an earlier task has left: no end of this.
+                    loop.call_soon(run.watch_generators)
         except asyncio.CancelledError:
             if run.is_interrupted:
                 raise SoftTimeLimitExceeded from None
@@ -330,7 +398,7 @@ class _TaskLoop:
                 f"the coroutine of task {name} was cancelled, or awaited something that was"
             ) from None
         except RuntimeError:
-            if run.is_interrupted and run.phase is _Phase.RUNNING:  # given up
+            if run.is_given_up and run.phase is _Phase.RUNNING:
                 raise SoftTimeLimitExceeded from None
             raise
         finally:
@@ -344,26 +412,41 @@ class _TaskLoop:
                     self._abandon(loop, run)
             finally:
                 run.forget()
-                soft_limits.limited(before)
+                loop.current = None
+                soft_limits.limited(before)  # last, since a soft time limit must not break into this
 
-    def _new(self) -> asyncio.AbstractEventLoop:
+    def _new(self) -> _Loop:
         loop = self._factory()
         _open.add(loop)
-        loop.set_default_executor(_LoopExecutor(thread_name_prefix="rhesis-tasks"))
-        self._reset(loop)
+        self._debug = loop.get_debug()
+        self._executor = _LoopExecutor()
+        loop.set_default_executor(self._executor)
         return loop
 
-    def _reset(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _reset(self, loop: _Loop) -> None:
         """What a task may have changed."""
-        loop.set_task_factory(_start)
+        loop.set_task_factory(None)
         loop.set_exception_handler(None)
+        loop.set_debug(self._debug)
+        if self._executor.is_usable:
+            loop.set_default_executor(self._executor)
+        else:
+            # With what may never end the next task might wait for a thread for ever.  A loop whose executor was shut
+            # down by the task does not take another one.
+            was_shut = self._executor._shutdown
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            if was_shut:
+                self.close()
+            else:
+                self._executor = _LoopExecutor()
+                loop.set_default_executor(self._executor)
 
-    def _abandon(self, loop: asyncio.AbstractEventLoop, run: _Run) -> None:
+    def _abandon(self, loop: _Loop, run: _Run) -> None:
         """Let nothing on a loop go on, whatever it would do."""
         self._loop = None
         left = asyncio.all_tasks(loop)
         try:
-            if run.phase is _Phase.RUNNING and not run.is_interrupted:
+            if run.phase is _Phase.RUNNING and not run.is_given_up:
                 # Something else than the body's end has stopped the loop, which had no time to clean up yet.
                 _cancel_all(loop, left, run.grace)
             run.phase = _Phase.OVER
@@ -383,7 +466,6 @@ class _TaskLoop:
         loop, self._loop = self._loop, None
         if loop is None or loop.is_closed() or loop.is_running() or os.getpid() != self._pid:
             return
-        loop.set_task_factory(None)
         try:
             loop.run_until_complete(asyncio.wait_for(dispose_engines(), 5))
         except Exception as error:

@@ -18,6 +18,7 @@ __all__ = [
     "LoopEngines",
     "OneLoopEngine",
     "abandon_engines",
+    "cut_lent",
     "dispose_engines",
     "forget_pool_after_fork",
     "new_engine",
@@ -91,7 +92,7 @@ class LoopEngines:
             # Without a lock, which a fork might leave held for ever: no other thread runs this loop.
             engine = self._engines[loop] = create_async_engine(self._url, **self._options)
             forget_pool_after_fork(engine.sync_engine)
-            event.listen(engine.sync_engine, "connect", _note_loop)
+            _track(engine.sync_engine)
         return engine
 
     def _forget_closed_loops(self) -> None:
@@ -120,7 +121,7 @@ class OneLoopEngine:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-        event.listen(engine.sync_engine, "connect", _note_loop)
+        _track(engine.sync_engine)
         _sources.add(self)
 
     def current(self) -> AsyncEngine:
@@ -158,12 +159,43 @@ class OneLoopEngine:
 
 
 _sources: weakref.WeakSet[LoopEngines | OneLoopEngine] = weakref.WeakSet()
-_loops: weakref.WeakKeyDictionary[Any, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
+
+# Connections by the event loop that has made them: all, and those that are lent.
+_made: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_lent: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
-def _note_loop(made: Any, _: object) -> None:
-    """Note whose a connection is: it is made where its event loop runs."""
-    _loops[made.driver_connection] = weakref.ref(asyncio.get_running_loop())
+def _track(engine: Engine) -> None:
+    """Know an asynchronous engine's connections, also those that nobody gives back."""
+
+    def note(which: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]], connection: Any) -> None:
+        which.setdefault(asyncio.get_running_loop(), weakref.WeakSet()).add(connection.driver_connection)
+
+    def give_back(connection: Any, _: object) -> None:
+        loop = asyncio._get_running_loop()
+        if connection is not None and loop is not None:  # else it was dropped, and is closed
+            _lent.get(loop, weakref.WeakSet()).discard(connection.driver_connection)
+
+    event.listen(engine, "connect", lambda connection, _: note(_made, connection))
+    event.listen(engine, "checkout", lambda connection, _, __: note(_lent, connection))
+    event.listen(engine, "checkin", give_back)
+
+
+def _cut(connection: Any) -> None:
+    if hasattr(connection, "terminate"):
+        connection.terminate()  # asyncpg's
+    else:
+        connection.pgconn.finish()
+
+
+def cut_lent(loop: asyncio.AbstractEventLoop) -> int:
+    """Cut the connections of an event loop that are lent, or on their way to be closed; how many there were."""
+    lent = _lent.pop(loop, None)
+    if not lent:
+        return 0
+    for connection in list(lent):
+        _cut(connection)
+    return len(lent)
 
 
 async def dispose_engines() -> None:
@@ -174,12 +206,8 @@ async def dispose_engines() -> None:
 
 def abandon_engines(loop: asyncio.AbstractEventLoop) -> None:
     """Cut all connections of an event loop that will not run any more, whatever they are in the middle of."""
-    for connection, its_loop in list(_loops.items()):
-        if its_loop() is loop:
-            if hasattr(connection, "terminate"):
-                connection.terminate()  # asyncpg's
-            else:
-                connection.pgconn.finish()
+    for connection in list(_made.pop(loop, ())):
+        _cut(connection)
     for source in list(_sources):
         source.forget(loop)
 

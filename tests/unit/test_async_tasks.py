@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import hashlib
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context, ContextVar
 from typing import Any
 
 import pytest
 from celery import Celery, Task, group
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, SoftTimeLimitExceeded
 
 from rhesis_tasks import (
     BaseTask,
@@ -23,7 +27,9 @@ from rhesis_tasks import (
     TenantContext,
     configure,
     current_tenant,
+    loops,
     register_context_var,
+    soft_limits,
     tenant_scope,
     wrap,
 )
@@ -128,7 +134,7 @@ def test_one_loop_serves_all_tasks_of_a_thread(look: Any, run: Any, seen: list[A
 def test_the_loop_is_of_the_kind_that_was_asked_for(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
     run((look, ACME))
 
-    assert type(seen[0][0]).__module__.partition(".")[0] == app.conf.rhesis_tasks_event_loop
+    assert type(seen[0][0]).__base__.__module__.partition(".")[0] == app.conf.rhesis_tasks_event_loop
 
 
 def test_every_way_to_start_a_coroutine_or_thread_has_the_context(app: Celery, run: Any, seen: list[Any]) -> None:
@@ -399,6 +405,74 @@ def test_coroutines_that_cleaning_up_starts_are_waited_for_too(
     assert ("last", "acme") in seen
 
 
+@pytest.mark.parametrize("how", ["a callback", "its cleanup", "a generator"])
+def test_what_starts_itself_again_and_again_is_given_up(
+    app: Celery, look: Any, run: Any, seen: list[Any], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    until = time.monotonic() + 3  # or this test would never end where it fails
+
+    def again(_: object = None) -> None:
+        if time.monotonic() < until:
+            started = asyncio.get_running_loop().create_task(linger())
+            started.add_done_callback(again if how == "a callback" else lambda _: None)
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            if how == "its cleanup":
+                again()
+                await asyncio.sleep(0)
+
+    async def numbers() -> Any:
+        try:
+            yield 1
+        finally:
+            if time.monotonic() < until:
+                await anext(numbers())
+
+    @app.task(base=BaseTask, cleanup_grace=0.05)
+    async def leave() -> None:
+        seen.append((asyncio.get_running_loop(), organization()))
+        if how == "a generator":
+            await anext(numbers())
+        again()
+        await asyncio.sleep(0.001)
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert time.monotonic() < until
+    assert [each[1] for each in seen] == ["acme", "globex"]
+    assert "did not end in 0.05 s" in caplog.text or LeftoverError.__name__ in caplog.text
+
+
+@pytest.mark.parametrize("who", ["the body", "what it leaves"])
+def test_a_cancellation_of_a_body_that_has_ended_does_not_keep_the_rest_from_cleaning_up(
+    app: Celery, look: Any, run: Any, seen: list[Any], who: str
+) -> None:
+    async def linger(body: Any) -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            if who == "what it leaves":
+                body.cancel()
+            await asyncio.sleep(0.005)
+            seen.append((asyncio.get_running_loop(), organization()))
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        body: Any = asyncio.current_task()
+        asyncio.create_task(linger(body))  # noqa: RUF006
+        await asyncio.sleep(0)
+        if who == "the body":
+            body.cancel()
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["acme", "globex"]
+    assert seen[0][0] is seen[1][0]
+
+
 def test_generators_that_were_not_exhausted_are_closed_for_their_tenant(
     app: Celery, look: Any, run: Any, seen: list[Any]
 ) -> None:
@@ -468,8 +542,8 @@ def test_a_callback_of_an_earlier_task_starts_no_coroutine(
     @app.task(base=BaseTask, name="leave")
     async def leave() -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(0.001, lambda: loop.create_task(late()))
-        loop.call_later(0.001, lambda: asyncio.ensure_future(late()))
+        loop.call_soon(lambda: loop.create_task(late()))
+        loop.call_soon(lambda: asyncio.ensure_future(late()))
 
     run((leave, ACME), (look, GLOBEX))
 
@@ -542,20 +616,298 @@ def test_what_a_task_does_to_the_loop_is_undone(app: Celery, look: Any, run: Any
     assert [each[1] for each in seen] == ["globex"]
 
 
-def test_a_loop_that_the_body_stops_is_given_up(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+@pytest.mark.parametrize("how", ["replaced", "shut down", "busy for ever"])
+def test_the_next_task_has_threads_whatever_a_task_does_to_them(
+    app: Celery, run: Any, seen: list[Any], how: str
+) -> None:
+    end = threading.Event()
+
+    @app.task(base=BaseTask)
+    async def meddle() -> None:
+        loop = asyncio.get_running_loop()
+        if how == "replaced":
+            loop.set_default_executor(ThreadPoolExecutor())
+        elif how == "shut down":
+            await loop.shutdown_default_executor()
+        else:
+            for _ in range(50):
+                loop.run_in_executor(None, end.wait, TIMEOUT)
+
+    @app.task(base=BaseTask)
+    async def use_thread() -> None:
+        async with asyncio.timeout(TIMEOUT / 2):
+            seen.append(await asyncio.get_running_loop().run_in_executor(None, organization))
+
+    try:
+        run((meddle, ACME), (use_thread, GLOBEX), (use_thread, ACME))
+    finally:
+        end.set()
+
+    assert seen == ["globex", "acme"]
+
+
+def test_debugging_a_loop_ends_with_the_task(app: Celery, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def debug() -> None:
+        seen.append(asyncio.get_running_loop().get_debug())
+        asyncio.get_running_loop().set_debug(True)
+
+    run((debug, ACME), (debug, GLOBEX))
+
+    assert seen[0] == seen[1]
+
+
+def test_a_failure_in_a_context_of_its_own_is_logged_for_the_task(
+    app: Celery, look: Any, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise ValueError("nobody looked at this")
+
+    @app.task(base=BaseTask, name="leave")
+    async def leave() -> None:
+        circle: list[Any] = [asyncio.get_running_loop().create_task(fail(), context=Context())]
+        circle.append(circle)
+        await asyncio.sleep(0)
+
+    run((leave, ACME), (look, GLOBEX))
+    gc.collect()
+
+    (record,) = [each for each in caplog.records if each.exc_info and "nobody looked" in str(each.exc_info[1])]
+    assert (record.organization_id, record.task_name) == ("acme", "leave")
+
+
+def test_what_a_coroutine_raises_that_is_given_up_does_not_end_the_worker(
+    app: Celery, look: Any, run: Any, seen: list[Any]
+) -> None:
+    async def stubborn() -> None:
+        while True:
+            try:
+                await asyncio.sleep(TIMEOUT)
+            except asyncio.CancelledError:
+                pass
+            except GeneratorExit:
+                raise asyncio.CancelledError from None
+
+    @app.task(base=BaseTask, cleanup_grace=0.01)
+    async def leave() -> None:
+        asyncio.create_task(stubborn())  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
+
+
+@pytest.mark.parametrize("how", ["the body", "a body that returns", "a callback", "a timer"])
+def test_stopping_the_loop_ends_no_task(app: Celery, look: Any, run: Any, seen: list[Any], how: str) -> None:
     @app.task(base=BaseTask)
     async def stop() -> None:
-        asyncio.get_running_loop().stop()
+        loop = asyncio.get_running_loop()
+        if how == "a timer":
+            loop.call_later(0.01, loop.stop)
+        elif how == "a callback":
+            loop.call_soon(loop.call_soon, loop.call_soon, loop.call_soon, loop.stop)
+        else:
+            loop.stop()
+            await asyncio.sleep(0 if how == "a body that returns" else 0.01)
+        seen.append((loop, organization()))
+
+    run((stop, ACME), (look, GLOBEX), (look, ACME))
+
+    assert [each[1] for each in seen] == ["acme", "globex", "acme"]
+    assert len({loop for loop, _ in seen}) == 1
+
+
+def test_timers_end_with_the_task(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    async def late() -> None:
+        seen.append((None, "late"))
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            seen.append((None, "again"))
+            loop.call_at(loop.time() + 0.001, again)
+
+        again()
+        loop.call_later(0.001, lambda: asyncio.Task(late(), loop=loop))
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["again", "globex"]
+
+
+def test_a_loop_that_somebody_has_closed_is_replaced(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    run((look, ACME))
+    seen[0][0].close()
+    run((look, GLOBEX), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["acme", "globex", "globex"]
+    assert seen[1][0] is seen[2][0]
+
+
+# --- soft time limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soft_limit_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Sends this process what a prefork pool sends at the soft time limit, after so many seconds."""
+    monkeypatch.setattr(soft_limits, "BLOCKED_AFTER", 0.05)
+    before = signal.signal(signal.SIGUSR1, soft_limits._on_limit)
+    timers = []
+
+    def after(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1)))
+        timers[-1].start()
+
+    yield after
+    for timer in timers:
+        timer.join()
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_soft_limit_ends_what_blocks_while_the_rest_is_cleared_away(
+    app: Celery, look: Any, run: Any, seen: list[Any], soft_limit_after: Any
+) -> None:
+    async def linger() -> None:
         try:
             await asyncio.sleep(TIMEOUT)
         finally:
-            seen.append(("cleaned up", organization()))
+            time.sleep(TIMEOUT / 2)  # noqa: ASYNC251 - is what the test is about
 
+    @app.task(base=BaseTask)
+    async def leave() -> str:
+        asyncio.create_task(linger())  # noqa: RUF006
+        await asyncio.sleep(0)
+        soft_limit_after(0.05)
+        return "done"
+
+    started = time.monotonic()
     with tenant_scope(ACME):
-        assert isinstance(stop.apply().result, RuntimeError)
+        assert leave.apply().get() == "done"
+    assert time.monotonic() - started < TIMEOUT / 4
+    run((look, GLOBEX))
+
+
+def test_the_soft_limit_does_not_break_into_the_clearing_of_a_loop_that_is_given_up(
+    app: Celery, look: Any, run: Any, seen: list[Any], soft_limit_after: Any
+) -> None:
+    @app.task(base=BaseTask)
+    async def interrupted() -> None:
+        try:
+            asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            soft_limit_after(0.05)
+            try:
+                await asyncio.sleep(0.5)
+            finally:
+                seen.append(("cleaned up", organization()))
+
+    with tenant_scope(ACME), pytest.raises(KeyboardInterrupt):
+        interrupted.apply(throw=True)
     run((look, GLOBEX))
 
     assert [each[1] for each in seen] == ["acme", "globex"]
+
+
+def test_a_soft_limit_before_the_first_step_is_one(
+    app: Celery, look: Any, run: Any, seen: list[Any], soft_limit_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_start(self: Any, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return start(self, *args)
+
+    start = loops._Run.start
+    monkeypatch.setattr(loops._Run, "start", interrupted_start)
+    with tenant_scope(ACME), pytest.raises(SoftTimeLimitExceeded):
+        look.apply(throw=True)
+    monkeypatch.undo()
+    run((look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
+
+
+def test_code_in_c_that_takes_its_time_hides_no_later_limit(app: Celery, soft_limit_after: Any) -> None:
+    """Signals that arrive meanwhile are one."""
+    started = time.process_time()
+    hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 100_000)
+    a_second = int(100_000 / (time.process_time() - started))
+
+    @app.task(base=BaseTask)
+    async def blocks() -> None:
+        soft_limit_after(0.01)
+        for _ in range(3):
+            hashlib.pbkdf2_hmac("sha256", b"password", b"salt", a_second // 2)
+        await asyncio.sleep(TIMEOUT)
+
+    @app.task(base=BaseTask)
+    async def sleeps() -> None:
+        soft_limit_after(0.01)
+        await asyncio.sleep(TIMEOUT)
+
+    with tenant_scope(ACME):
+        for task in (blocks, sleeps, sleeps, sleeps):
+            with pytest.raises(SoftTimeLimitExceeded):
+                task.apply(throw=True)
+
+
+def test_a_fork_leaves_the_loops_of_other_threads_alone(app: Celery) -> None:
+    go, ready = threading.Event(), threading.Event()
+    results: list[str] = []
+
+    @app.task(base=BaseTask)
+    async def in_thread() -> str:
+        return await asyncio.to_thread(str, "done")
+
+    def two_tasks() -> None:
+        with tenant_scope(ACME):
+            results.append(in_thread.apply(throw=True).get())
+            ready.set()
+            go.wait(TIMEOUT)
+            results.append(in_thread.apply(throw=True).get())
+        close_loops()
+
+    thread = threading.Thread(target=two_tasks, daemon=True)
+    thread.start()
+    ready.wait(TIMEOUT)
+    child = os.fork()
+    if not child:
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    go.set()
+    thread.join(TIMEOUT)
+
+    assert results == ["done", "done"], "the child has taken something out of what the loop waits for"
+
+
+def test_a_coroutine_that_was_given_up_does_not_go_on_when_it_is_collected(
+    app: Celery, look: Any, run: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask, cleanup_grace=0.02)
+    async def leave() -> None:
+        async def stubborn() -> None:
+            try:
+                while True:
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.sleep(TIMEOUT)
+            finally:
+                try:
+                    await asyncio.sleep(0)
+                finally:
+                    seen.append(("cleaned up", organization()))
+
+        task = asyncio.create_task(stubborn())
+        task.circle = task  # type: ignore[attr-defined]  # so that it is collected later
+        await asyncio.sleep(0)
+
+    run((leave, ACME))
+    with tenant_scope(GLOBEX):
+        gc.collect()
+
+    assert seen == [("cleaned up", "acme")] or seen == [("cleaned up", None)]
 
 
 def test_a_forked_child_has_a_loop_of_its_own(app: Celery, look: Any, seen: list[Any]) -> None:
@@ -737,6 +1089,45 @@ def test_uvloop_has_to_be_installed(make_app: Callable[..., Celery], monkeypatch
 
     with pytest.raises(MissingExtraError, match=r"rhesis-tasks\[uvloop\]"):
         configure(make_app(configured=False), event_loop="uvloop")
+
+
+def test_a_decorator_that_runs_the_coroutine_itself_is_let_be(app: Celery) -> None:
+    def run_it(function: Any) -> Any:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            return asyncio.run(function(*args))
+
+        return run
+
+    @app.task(base=BaseTask)
+    @run_it
+    async def double(number: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * number
+
+    with tenant_scope(ACME):
+        assert double.apply((2,)).get() == 4
+        assert double(3) == 6
+
+
+def test_a_subclass_may_have_a_body_that_is_not_async(app: Celery) -> None:
+    class Slow(BaseTask):
+        name = "slow"
+
+        async def run(self) -> str:
+            return "slow"
+
+    class Quick(Slow):
+        name = "quick"
+
+        def run(self) -> str:  # type: ignore[override]
+            return "quick"
+
+    slow, quick = (app.register_task(each()) for each in (Slow, Quick))
+
+    with tenant_scope(ACME):
+        assert [task.apply().get() for task in (slow, quick)] == ["slow", "quick"]
+    assert (slow.is_async, quick.is_async) == (True, False)
 
 
 def test_sync_bodies_are_none(app: Celery) -> None:

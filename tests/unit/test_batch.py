@@ -915,3 +915,33 @@ def test_whatever_happens_each_item_ends_exactly_once(
             assert outcome.value() == outcome.index
         else:
             assert isinstance(outcome.error, TaskCancelledError if error is asyncio.CancelledError else error)
+
+
+PATIENT = RetryPolicy(max_retries=1, base=3600.0, cap=3600.0, retry_on=(ConnectionError,), retry_after=lambda _: 3600.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "policy", "was_stopped"),
+    [
+        (ConnectionError(), PATIENT, True),
+        (ValueError(), PATIENT, False),
+        (ConnectionError(), RetryPolicy(max_retries=0), False),
+    ],
+    ids=["waits for its next attempt", "is not tried again", "has used up its attempts"],
+)
+def test_an_item_says_whether_it_failed_for_good_or_was_only_stopped(
+    error: Exception, policy: RetryPolicy, was_stopped: bool
+) -> None:
+    async def fail(_item: int) -> None:
+        raise error
+
+    async def stop() -> bool:
+        await asyncio.sleep(0.01)
+        return True
+
+    async def outcomes() -> list[BatchOutcome[int, None]]:
+        return [each async for each in run_batch(fail, [1], limit=1, retry_policy=policy, should_stop=stop)]
+
+    (outcome,) = asyncio.run(asyncio.wait_for(outcomes(), 10))
+
+    assert (outcome.error, outcome.attempts, outcome.was_stopped) == (error, 1, was_stopped)

@@ -51,6 +51,7 @@ class _Configuration:
     result_backend: str | None
     schema: str
     event_loop: str
+    launch_records: bool
     sessions: TenantSessions | None
     signing_keys: str | None  # their fingerprint
     overrides: tuple[tuple[str, Any], ...]
@@ -72,6 +73,7 @@ def configure(
     signing_keys: Sequence[str | bytes] = (),
     schema: str | None = None,
     event_loop: str = "asyncio",
+    launch_records: bool = True,
     **overrides: Any,
 ) -> None:
     """Make a Celery application tenant-aware.  Call it right after ``Celery(...)``.
@@ -90,6 +92,8 @@ def configure(
         signing_keys: secrets of at least 16 bytes, newest first, the same for publishers and workers.  With them the
             context is signed, and a task whose context is not, or by nobody who has a key, never runs.
         schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
+        launch_records: whether a task has a record from its launch on (on PostgreSQL); without, from its start on, and
+            until then it is unknown to its tenant and cannot be cancelled.
         event_loop: what runs ``async def`` tasks: ``asyncio``, or ``uvloop`` (extra ``uvloop``).
         **overrides: any Celery setting by its lower-case name.
 
@@ -115,6 +119,7 @@ def configure(
         results,
         schema_name(schema),
         event_loop,
+        launch_records,
         sessions,
         signer.fingerprint if signer else None,
         tuple(sorted(overrides.items())),
@@ -143,7 +148,7 @@ def configure(
     if sessions is None and database_url is not None:
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
-    propagation.install(app, signer)
+    propagation.install(app, signer, launch_records=launch_records)
     app.steps["consumer"].add(Guard)
     logs.install()
     _configured[app] = wanted

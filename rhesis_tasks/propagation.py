@@ -55,6 +55,7 @@ __all__ = [
     "outgoing_tenant",
     "recorded",
     "records",
+    "records_launches",
     "renew",
     "restored",
     "running_state",
@@ -64,6 +65,7 @@ __all__ = [
 ]
 
 _apps: weakref.WeakKeyDictionary[Celery, Signer | None] = weakref.WeakKeyDictionary()
+_unrecorded: weakref.WeakSet[Celery] = weakref.WeakSet()  # whose launches are not
 _log = logging.getLogger(__name__)
 _UID = "rhesis_tasks.propagation"
 _NOTHING = nullcontext()
@@ -71,8 +73,15 @@ _UNLOCK = "celery.chord_unlock"  # Celery's own, which polls for a chord
 _BOUND = ("link", "link_error", "chain", "chord")  # options of a launch that are signatures
 
 
-def install(app: Celery, signer: Signer | None = None) -> None:
-    """Let every message of ``app`` carry the context, signed if there is a signer; again it changes nothing."""
+def install(app: Celery, signer: Signer | None = None, *, launch_records: bool = True) -> None:
+    """Let every message of ``app`` carry the context, signed if there is a signer; again it changes nothing.
+
+    Args:
+        app: the application.
+        signer: what signs its messages.
+        launch_records: whether a task has a record from its launch on, or from its start, where the result backend
+            keeps records.
+    """
     if app in _apps:
         return
     # The instance's, if somebody has put one there.  Else the class's, looked up at each call: Sentry wraps that one,
@@ -118,7 +127,7 @@ def install(app: Celery, signer: Signer | None = None) -> None:
             args = (args[0], bound_options({"chord": args[1]}, carrier(envelope), app)["chord"], *args[2:])
         options["headers"] = with_context(headers, envelope)
         # A retry has its record, and writes its own state.
-        keeps_record = not (options.get("ignore_result") or options.get("retries")) and records(app)
+        keeps_record = not (options.get("ignore_result") or options.get("retries")) and records_launches(app)
         send_task = own or functools.partial(type(app).send_task, app)
         if signer is None and not keeps_record and envelope.tenant is current_tenant():
             return send_task(name, args, kwargs, countdown, eta, task_id, producer, connection, *more, **options)
@@ -141,12 +150,15 @@ def install(app: Celery, signer: Signer | None = None) -> None:
     task_postrun.connect(_leave, weak=False, dispatch_uid=f"{_UID}.leave")
     worker_init.connect(_begin_to_work, weak=False, dispatch_uid=f"{_UID}.begin")
     _apps[app] = signer
+    if not launch_records:
+        _unrecorded.add(app)
 
 
 def uninstall(app: Celery) -> None:
     """Undo :func:`install`."""
     if app in _apps:
         del _apps[app]
+        _unrecorded.discard(app)
         own = getattr(app.send_task, "own", None)
         if own is not None:
             app.send_task = own  # type: ignore[method-assign]
@@ -296,8 +308,13 @@ def _check_launch(app: Celery, part: Mapping[str, Any], launcher: TenantContext 
 
 
 def records(app: Celery) -> bool:
-    """Whether the result backend keeps records of launches."""
+    """Whether the result backend keeps records of tasks."""
     return hasattr(app.backend, "record_launch")
+
+
+def records_launches(app: Celery) -> bool:
+    """Whether a task has a record from its launch on."""
+    return app not in _unrecorded and records(app)
 
 
 @contextmanager
@@ -306,9 +323,9 @@ def recorded(
 ) -> Iterator[None]:
     """A record that the active tenant launched a task, taken back if the block fails.
 
-    Nothing, if the result backend keeps no such records.
+    Nothing, if there are no such records.
     """
-    if not records(app):
+    if not records_launches(app):
         yield
         return
     backend: Any = app.backend

@@ -1,0 +1,154 @@
+"""``rhesis-tasks tasks``: what an operator sees of a tenant's tasks, and cancels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from applications import application
+from celery import chain
+
+from rhesis_tasks import TenantContext, launch_with_context, tenant_scope
+from rhesis_tasks.processes import python, wait_until
+from rhesis_tasks.testing import TenantDatabase, running_worker
+
+HERE = Path(__file__).parent
+TIMEOUT = 30
+MAIN = "from rhesis_tasks.cli import main; main()"
+A = TenantContext("tenant-a", "ann")
+
+
+@pytest.fixture(scope="module")
+def tasks_and_database(postgres_url: str) -> Iterator[tuple[Any, TenantDatabase]]:
+    """The tasks, and their database."""
+    with application(postgres_url, "cli_tasks") as (tasks, database):
+        yield tasks, database
+
+
+@pytest.fixture
+def tasks(tasks_and_database: tuple[Any, TenantDatabase]) -> Any:
+    return tasks_and_database[0]
+
+
+class Ran:
+    """What a command has done."""
+
+    def __init__(self, ended: subprocess.CompletedProcess[str]) -> None:
+        self.code = ended.returncode
+        self.output = ended.stdout
+        self.errors = ended.stderr
+        self.lines = ended.stdout.splitlines()
+
+    def value(self, name: str) -> str | None:
+        found = [line.partition(":")[2].strip() for line in self.lines if line.startswith(f"{name}:")]
+        return found[0] if found else None
+
+
+@pytest.fixture
+def command(tasks_and_database: tuple[Any, TenantDatabase]) -> Any:
+    """Runs ``rhesis-tasks tasks ...``."""
+    url = tasks_and_database[1].url
+
+    def run(name: str, *arguments: str, app: str = "cli_tasks", organization: str = "tenant-a", **env: str) -> Ran:
+        return Ran(
+            subprocess.run(
+                python("-c", MAIN, "tasks", name, "-A", app, "--organization", organization, *arguments),
+                cwd=HERE,
+                env={**os.environ, "DATABASE_URL": url, **env},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
+        )
+
+    return run
+
+
+def test_a_task_that_waits_is_shown_listed_and_cancelled(tasks: Any, command: Any) -> None:
+    task_id = launch_with_context(tasks.add, 1, 2, context=A, options={"countdown": 3600}).id
+
+    shown, listed = command("show", task_id), command("list", "--state", "delayed", "--name", "cli_tasks.add")
+    cancelled = command("cancel", task_id, "--user", "olga")
+    again = command("cancel", task_id)
+    after = command("show", task_id)
+
+    assert (shown.code, shown.value("state"), shown.value("user")) == (0, "delayed", "ann")
+    assert shown.value("not before") is not None
+    assert [line.split()[2] for line in listed.lines] == [task_id]
+    assert (cancelled.code, cancelled.output) == (0, f"{task_id}: cancelled\n")
+    assert (again.code, again.output) == (0, f"{task_id}: ended\n")
+    assert (after.value("state"), after.value("cancelled by")) == ("revoked", "olga")
+
+
+def test_a_run_is_followed_to_its_end_and_shown_as_a_tree(
+    tasks: Any, tasks_and_database: tuple[Any, TenantDatabase], command: Any
+) -> None:
+    env = {"DATABASE_URL": tasks_and_database[1].url}
+    with running_worker("cli_tasks", cwd=HERE, pool="threads", env=env):
+        result = launch_with_context(chain(tasks.add.s(1, 2), tasks.counts.s()), context=A)
+        followed = command("show", result.id, "--follow")
+        failed = launch_with_context(tasks.fails, context=A)
+        failure = command("show", failed.id, "--follow")
+        tree = command("tree", result.id)
+
+    assert followed.code == 0, followed.errors
+    assert (followed.value("state"), followed.value("result")) == ("success", "3")
+    assert followed.value("progress") == "3 of 3"
+    assert failure.code == 1
+    assert failure.value("error") == "ValueError: broken"
+    assert [line.split()[-1] for line in tree.lines] == ["cli_tasks.add", "cli_tasks.counts"]
+    assert tree.lines[1].startswith("  ")
+
+
+def test_a_running_task_is_asked_to_stop(
+    tasks: Any, tasks_and_database: tuple[Any, TenantDatabase], command: Any
+) -> None:
+    env = {"DATABASE_URL": tasks_and_database[1].url}
+    with running_worker("cli_tasks", cwd=HERE, pool="threads", env=env):
+        task_id = launch_with_context(tasks.runs_until_asked, context=A).id
+
+        def state() -> str:
+            with tenant_scope(A):
+                return str(tasks.app.backend.get_record(task_id).state)
+
+        wait_until("the task to start", lambda: state() == "started", TIMEOUT)
+        asked = command("cancel", task_id)
+        wait_until("the task to stop", lambda: state() == "success", TIMEOUT)
+
+    assert asked.output == f"{task_id}: asked\n"
+
+
+@pytest.mark.parametrize("name", ["show", "tree", "cancel"])
+@pytest.mark.parametrize("organization", ["tenant-b", "tenant-a"])
+def test_a_foreign_and_an_unknown_task_are_the_same(tasks: Any, command: Any, name: str, organization: str) -> None:
+    task_id = launch_with_context(tasks.add, 1, 2, context=A).id if organization == "tenant-b" else "unknown"
+
+    ran = command(name, task_id, organization=organization)
+
+    assert ran.code == 1
+    assert ran.output == ""
+    assert ran.errors == f"Error: organization {organization} has no task {task_id}\n"
+
+
+def test_wrong_input_says_what_is_wrong(tasks: Any, command: Any) -> None:
+    no_app = command("show", "x", app="no_such_module")
+    no_state = command("list", "--state", "lost")
+    no_organization = command("show", "x", organization=" ")
+    no_database = command("show", "x", DATABASE_URL="postgresql://nobody@127.0.0.1:1/nothing")
+
+    assert (no_app.code, no_app.errors.splitlines()[0]) == (
+        1,
+        "Error: there is no Celery application 'no_such_module': No module named 'no_such_module'",
+    )
+    assert no_state.code == 2
+    assert "one of delayed, queued, started" in no_state.errors
+    assert no_organization.code == 1
+    assert "organization_id must not be empty" in no_organization.errors
+    assert no_database.code == 1
+    assert "cannot connect to postgresql" in no_database.errors
+    assert not any("Traceback" in ran.errors for ran in (no_app, no_state, no_organization, no_database))

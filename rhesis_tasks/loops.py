@@ -149,14 +149,19 @@ class _Run:
                 if self._tasks or self._generators or self._dropped or self._left():
                     await self._clear(logging.WARNING if succeeded else logging.INFO)
                 else:
-                    self.is_clear = True
+                    self._finish()
                 if cut_lent(self._loop):
                     for _ in range(3):  # their transports close when they are called back
                         await asyncio.sleep(0)
             finally:
-                self.phase = _Phase.OVER  # before what is left in this turn of the loop
-                for timer in self._timers or ():
-                    timer.cancel()
+                self.phase = _Phase.OVER
+
+    def _finish(self) -> None:
+        """Nothing is left; and nothing more starts, beginning with what comes in this turn of the loop."""
+        self.is_clear = True
+        self.phase = _Phase.OVER
+        for timer in self._timers or ():
+            timer.cancel()
 
     def forget(self) -> None:
         """Refer to nothing any more."""
@@ -214,10 +219,10 @@ class _Run:
         while not clearing.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({clearing})
-        self.is_clear = clearing.result()
+        clearing.result()
 
-    async def _end_all(self, level: int) -> bool:
-        """Cancel what was started and is not done, and wait until it is; whether it is, in time."""
+    async def _end_all(self, level: int) -> None:
+        """Cancel what was started and is not done, and wait until it is."""
         deadline = self._loop.time() + self.grace
         # First what the body has dropped, which may end by itself what it has started, as a batch does.
         self._close_dropped()
@@ -242,9 +247,9 @@ class _Run:
             if pending or ((left or self._generators) and self._loop.time() >= deadline):
                 named = _named(pending or left) or "what generators begin"
                 _log.error("task %s: %s did not end in %g s", self.name, named, self.grace)
-                return False
+                return
+        self._finish()
         self._report_failures()
-        return True
 
     def _drop_generators(self) -> None:
         """Those that somebody holds."""

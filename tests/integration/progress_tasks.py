@@ -209,12 +209,12 @@ async def leave_batch(self: BaseTask) -> int:
 
 @contextmanager
 def counted_updates(task: BaseTask) -> Iterator[list[str]]:
-    """The UPDATE statements that go to the records meanwhile."""
+    """The statements that take progress to the records meanwhile."""
     engine = shared_engine(task.app.backend.url)
     found: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.split(None, 1)[0] == "UPDATE":
+        if "record_progress" in statement:
             found.append(statement)
 
     event.listen(engine, "before_cursor_execute", note)
@@ -247,12 +247,12 @@ async def burst_async(self: BaseTask, count: int) -> int:
 def unreachable(task: BaseTask) -> Iterator[None]:
     """Nobody answers where the records are."""
     backend = task.app.backend
-    url = backend.url
-    backend.url = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/nowhere"
+    url = backend.records.url
+    backend.records.url = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/nowhere"
     try:
         yield
     finally:
-        backend.url = url
+        backend.records.url = url
 
 
 @app.task(base=BaseTask, bind=True)

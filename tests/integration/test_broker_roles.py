@@ -47,6 +47,23 @@ WEB_FUNCTIONS = {
     "queue_exists",
     "queue_size",
     "bind",
+    "result_channel",
+    "result_key",
+    "record_launch",
+    "record_discard",
+    "record_state",
+    "record_wanted",
+    "record_of",
+    "records_of",
+    "record_forget",
+    "record_abort",
+    "record_cancel",
+    "group_save",
+    "group_of",
+    "group_forget",
+    "chord_size",
+    "chord_part_ended",
+    "chord_complete",
 }
 """What a login that only launches may call."""
 
@@ -645,7 +662,7 @@ def test_version_1_is_upgraded_and_keeps_its_records(version_1: TenantDatabase) 
 
     create_schema(version_1.owner, schema="jobs", roles=[version_1.role])
 
-    assert records(version_1) == before
+    assert [row[: len(before[0])] for row in records(version_1)] == before
     assert schema_status(version_1.owner, "jobs").is_current
     once = contents(version_1, "jobs")
     assert once == contents(version_1, "rhesis_tasks"), "as if it had been made by this version"

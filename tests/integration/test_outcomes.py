@@ -76,7 +76,7 @@ ENDINGS = {
     "system_exit": dataclasses.replace(LOST, child=f"{RUN} errback1"),
     "unencodable": Ending("failure", FAILED, error="EncodeError"),
     # Celery has no error callbacks for what is revoked, but for a chord's.
-    "expired": Ending("revoked", "", main="task_revoked", error="TaskRevokedError"),
+    "expired": Ending("expired", "", main="task_revoked", error="TaskRevokedError"),
     "revoked": Ending("revoked", "", main="task_revoked", error="TaskRevokedError"),
     "terminated": Ending("revoked", BEGUN, main="task_revoked", perhaps="task_postrun", error="TaskRevokedError"),
     "lost": LOST,

@@ -662,7 +662,7 @@ def test_version_1_is_upgraded_and_keeps_its_records(version_1: TenantDatabase) 
 
     create_schema(version_1.owner, schema="jobs", roles=[version_1.role])
 
-    assert [row[: len(before[0])] for row in records(version_1)] == before
+    assert [row[: len(old)] for row, old in zip(records(version_1), before, strict=True)] == before
     assert schema_status(version_1.owner, "jobs").is_current
     once = contents(version_1, "jobs")
     assert once == contents(version_1, "rhesis_tasks"), "as if it had been made by this version"

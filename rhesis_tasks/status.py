@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,9 @@ __all__ = ["Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", 
 
 MAX_TREE: Final = 10_000
 """The largest number of tasks in a tree."""
+
+MAX_DEPTH: Final = 100
+"""The largest number of levels below a tree's root: pydantic, JSON parsers and Python itself end at some."""
 
 
 class Cancellation(StrEnum):
@@ -116,7 +120,9 @@ def cancel_task(app: Celery, task_id: str, *, terminate: bool = False) -> Cancel
 def task_tree(app: Celery, task_id: str) -> TaskNode | None:
     """The run that a task belongs to, from its root: what was launched by whom, and where it is.
 
-    Tasks whose parent is not there any more hang on the root.  Not more than the latest :data:`MAX_TREE` tasks.
+    Tasks whose parent is not there any more hang on the root, and so does the first launched of some whose parents lead
+    in a circle.  What is deeper than :data:`MAX_DEPTH` levels hangs on its ancestor at the last one.  Not more than the
+    latest :data:`MAX_TREE` tasks and the root.
 
     Raises:
         MissingTenantError: no tenant is active.
@@ -129,18 +135,37 @@ def task_tree(app: Celery, task_id: str) -> TaskNode | None:
     root_id = own.root_id or own.task_id
     records = {each.task_id: each for each in backend.list_records(Filter(root_id=root_id), limit=MAX_TREE)}
     records.setdefault(own.task_id, own)
-    root = records.get(root_id) or min(records.values(), key=_launched)
-    children: dict[str, list[TaskRecord]] = {}
-    for record in records.values():
-        if record is not root:
-            parent = record.parent_id if record.parent_id in records else root.task_id
-            children.setdefault(str(parent), []).append(record)
-    return _node(root, children)
+    root = records.get(root_id) or backend.get_record(root_id) or min(records.values(), key=_launched)
+    return _node(root, _by_parent(root, records), MAX_DEPTH)
 
 
-def _node(record: TaskRecord, children: dict[str, list[TaskRecord]]) -> TaskNode:
-    own = sorted(children.pop(record.task_id, ()), key=_launched)  # taken out, so that a circle ends
-    return TaskNode(record, tuple(_node(child, children) for child in own))
+def _by_parent(root: TaskRecord, records: Mapping[str, TaskRecord]) -> Mapping[str, Sequence[TaskRecord]]:
+    """The tasks below each one, in the order of their launch, such that all are somewhere below the root."""
+    children: defaultdict[str, list[TaskRecord]] = defaultdict(list)
+    others = sorted((each for each in records.values() if each.task_id != root.task_id), key=_launched)
+    for record in others:
+        is_known = record.parent_id is not None and record.parent_id in records
+        children[str(record.parent_id) if is_known else root.task_id].append(record)
+    reached = {each.task_id for each in _below(root, children)}
+    for record in others:
+        if record.task_id not in reached:  # launched again, by one that it has launched
+            children[str(record.parent_id)].remove(record)
+            children[root.task_id] = sorted([*children[root.task_id], record], key=_launched)
+            reached |= {record.task_id, *(each.task_id for each in _below(record, children))}
+    return children
+
+
+def _below(record: TaskRecord, children: Mapping[str, Sequence[TaskRecord]]) -> Iterator[TaskRecord]:
+    waiting = list(children.get(record.task_id, ()))
+    while waiting:
+        yield (each := waiting.pop())
+        waiting += children.get(each.task_id, ())
+
+
+def _node(record: TaskRecord, children: Mapping[str, Sequence[TaskRecord]], levels: int) -> TaskNode:
+    if levels == 1:
+        return TaskNode(record, tuple(TaskNode(each, ()) for each in sorted(_below(record, children), key=_launched)))
+    return TaskNode(record, tuple(_node(each, children, levels - 1) for each in children.get(record.task_id, ())))
 
 
 def _launched(record: TaskRecord) -> tuple[datetime.datetime, str]:

@@ -8,9 +8,10 @@ Needs the extra ``fastapi``.
 
 import base64
 import logging
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from .context import CurrentUser, TenantContext, tenant_scope
 from .errors import MissingExtraError
@@ -21,6 +22,7 @@ from .status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, t
 try:
     from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
     from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+    from pydantic_core import to_jsonable_python
 except ImportError as error:
     raise MissingExtraError.of("fastapi", "fastapi") from error
 
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+MAX_DEPTH_OF_RESULT: Final = 100
+"""Levels of a result that are shown; together with those of a tree fewer than pydantic can write (255)."""
 
 TenantDependency = Callable[..., AsyncIterator[TenantContext]]
 
@@ -93,7 +98,7 @@ class TaskStatus(BaseModel):
     task_id: str
     name: str | None = Field(description="The task's name, e.g. app.tasks.evaluation.evaluate_test")
     state: State
-    result: Any = Field(None, description="What the task returned, once it succeeded")
+    result: Any = Field(None, description="What the task returned, once it succeeded, as far as JSON can say it")
     error: TaskError | None = Field(None, description="The last failure, of an attempt or final")
     progress: TaskProgress | None = Field(None, description="As the task reports it")
     retries: int = Field(description="Attempts after the first")
@@ -250,6 +255,7 @@ class _Detail(BaseModel):
 
 def _status(record: TaskRecord, redact: Redact | None) -> TaskStatus:
     values = {name: getattr(record, name) for name in TaskStatus.model_fields if hasattr(record, name)}
+    values["result"] = _shown(record.result)
     if record.error_type:
         values["error"] = TaskError(type=record.error_type, message=_redacted(record.error_message or "", redact))
     if record.progress_done is not None:
@@ -267,6 +273,27 @@ def _redacted(text: str, redact: Redact | None) -> str:
     except Exception:
         _log.exception("redact= failed; the error's text is left out")
         return ""
+
+
+def _shown(value: Any, depth: int = 0) -> Any:
+    """A result as JSON and UTF-8 can say it: one that they cannot must not take the others of its list along."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if depth == MAX_DEPTH_OF_RESULT:
+        return "..."
+    if isinstance(value, Mapping):
+        return {_encodable(str(key)): _shown(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_shown(each, depth + 1) for each in value]
+    return _shown(to_jsonable_python(value, bytes_mode="base64", serialize_unknown=True), depth + 1)
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates are written out
 
 
 def _tree(node: TaskNode, redact: Redact | None) -> TaskTree:

@@ -60,13 +60,18 @@ def tenant_dependency(get_current_user: Callable[..., Any]) -> TenantDependency:
 
     Args:
         get_current_user: a dependency of the application's that returns anything with ``id`` and
-            ``organization_id``, and raises its own HTTPException for a request it does not know.
+            ``organization_id``, and raises its own HTTPException for a request it does not know.  If it returns
+            None instead, that is a 401; a user who is in no organization (yet) gets a 403.
     """
 
     # An async generator: FastAPI runs a sync one in another context, where what it sets is lost.
     async def get_tenant(
         user: Annotated[CurrentUser, Depends(get_current_user)],
     ) -> AsyncIterator[TenantContext]:
+        if user is None:
+            raise HTTPException(status.HTTP_401_UNAUTHORIZED, "not authenticated")
+        if getattr(user, "organization_id", "") is None:
+            raise HTTPException(status.HTTP_403_FORBIDDEN, "you belong to no organization")
         with tenant_scope(user) as tenant:
             yield tenant
 

@@ -274,10 +274,13 @@ def _redacted(text: str, redact: Redact | None) -> str:
     if redact is None:
         return text
     try:
-        return str(redact(text))
+        shown = redact(text)
+        if not isinstance(shown, str):
+            raise TypeError(f"redact= returned {type(shown).__name__}, not str")
     except Exception:
         _log.exception("redact= failed; the error's text is left out")
         return ""
+    return _encodable(shown)
 
 
 def _shown(value: Any, depth: int = 0) -> Any:

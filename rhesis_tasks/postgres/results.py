@@ -249,8 +249,11 @@ class PostgresBackend(DatabaseBackend):
         Raises:
             MissingTenantError: no tenant is active.
         """
-        rows = self.records.find(require_tenant().organization_id, which or Filter(), limit, after)
-        return [self._record(row) for row in rows]
+        tenant, which = require_tenant(), which or Filter()
+        texts = (which.name, which.root_id, after and after[1])
+        if not all(text is None or _can_be_stored(text) for text in texts):
+            return []
+        return [self._record(row) for row in self.records.find(tenant.organization_id, which, limit, after)]
 
     def _record(self, row: Mapping[str, Any]) -> TaskRecord:
         succeeded = row["state"] == State.SUCCESS
@@ -452,9 +455,9 @@ def _owner_of_chord(body: Any) -> TenantContext | None:
     return current_tenant() if carried is None else decode(carried).tenant
 
 
-def _can_be_stored(task_id: str) -> bool:
-    """Whether there can be a task of this id: PostgreSQL stores no NUL and no lone surrogates."""
-    return _storable(task_id) == task_id
+def _can_be_stored(text: str) -> bool:
+    """Whether a record can have this id or name: PostgreSQL stores no NUL and no lone surrogates."""
+    return _storable(text) == text
 
 
 def _organization(tenant: TenantContext | None) -> str:

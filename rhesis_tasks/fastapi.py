@@ -174,7 +174,7 @@ def task_router(
     """
     router = APIRouter(tags=["tasks"])
     Tenant = Annotated[TenantContext, Depends(get_tenant)]
-    TaskId = Annotated[str, Path(max_length=255)]
+    TaskId = Annotated[str, Path(max_length=255, description="As it was launched by")]
     unknown: dict[int | str, dict[str, Any]] = {
         status.HTTP_404_NOT_FOUND: {"description": "No such task of this tenant", "model": _Detail}
     }

@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
 from celery import Celery
-from fastapi import FastAPI, Header, HTTPException
 from fastapi.testclient import TestClient
+from router_rig import AMY, ANN, BOB, api_of, client_of, fail, launch, move, rows, succeed, with_work
 from sqlalchemy import Engine, event
 
-from rhesis_tasks import BaseTask, TenantContext, launch_with_context, status, tenant_scope
-from rhesis_tasks.fastapi import task_router, tenant_dependency
+from rhesis_tasks import launch_with_context, status, tenant_scope
 from rhesis_tasks.headers import Progress
-from rhesis_tasks.postgres.records import StateChange
-from rhesis_tasks.states import TERMINAL, TRANSITIONS, WAITING, State
+from rhesis_tasks.states import TERMINAL, WAITING, State
 from rhesis_tasks.status import get_task, list_tasks, task_tree
 from rhesis_tasks.testing import TenantDatabase, new_tenant_database
 
 if TYPE_CHECKING:
     from conftest import MakeApp
 
-ANN, AMY, BOB = TenantContext("acme", "ann"), TenantContext("acme", "amy"), TenantContext("globex", "bob")
-TO = {transition.target: transition for transition in TRANSITIONS}
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-
-
-@dataclasses.dataclass
-class User:
-    id: str | None
-    organization_id: str | None
-
-
-USERS = {tenant.user_id: User(tenant.user_id, tenant.organization_id) for tenant in (ANN, AMY, BOB)}
-
-
-async def get_current_user(authorization: Annotated[str, Header()] = "") -> Any:
-    if authorization == "Bearer nobody":
-        return None  # as a login does that leaves it to its routes
-    if authorization == "Bearer newcomer":
-        return User("newcomer", None)
-    try:
-        return USERS[authorization.removeprefix("Bearer ")]
-    except KeyError:
-        raise HTTPException(401, "who are you?") from None
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +45,7 @@ def tenant_database(database: TenantDatabase) -> TenantDatabase:
 @pytest.fixture
 def app(make_app: MakeApp, tenant_database: TenantDatabase) -> Celery:
     """An application with one task, on PostgreSQL alone."""
-    app = make_app(broker_url=tenant_database.url)
-
-    @app.task(base=BaseTask, bind=True, name="work", shared=False)
-    def work(self: BaseTask, number: int = 0) -> int:
-        return number
-
-    return app
-
-
-def api_of(app: Celery, **options: Any) -> FastAPI:
-    api = FastAPI()
-    api.include_router(task_router(app, tenant_dependency(get_current_user), **options), prefix="/tasks")
-    return api
-
-
-def client_of(app: Celery, tenant: TenantContext, **options: Any) -> TestClient:
-    return TestClient(api_of(app, **options), headers={"Authorization": f"Bearer {tenant.user_id}"})
+    return with_work(make_app(broker_url=tenant_database.url))
 
 
 @pytest.fixture
@@ -97,34 +56,6 @@ def ann(app: Celery) -> TestClient:
 @pytest.fixture
 def bob(app: Celery) -> TestClient:
     return client_of(app, BOB)
-
-
-def launch(app: Celery, tenant: TenantContext, task_id: str, *, name: str = "work", **lineage: Any) -> str:
-    """A record as of a launch."""
-    with tenant_scope(tenant):
-        app.backend.record_launch(task_id, name, **lineage)
-    return task_id
-
-
-def move(app: Celery, tenant: TenantContext, task_id: str, state: State, **values: Any) -> str:
-    """A launched task in a state."""
-    launch(app, tenant, task_id)
-    app.backend.records.change(
-        tenant.organization_id, StateChange(task_id=task_id, transition=TO[state], user_id=tenant.user_id, **values)
-    )
-    return task_id
-
-
-def succeed(app: Celery, tenant: TenantContext, task_id: str, result: Any) -> str:
-    with tenant_scope(tenant):
-        app.backend.store_result(task_id, result, "SUCCESS")
-    return task_id
-
-
-def fail(app: Celery, tenant: TenantContext, task_id: str, message: str) -> str:
-    with tenant_scope(tenant):
-        app.backend.store_result(task_id, ValueError(message), "FAILURE")
-    return task_id
 
 
 def ids(client: TestClient, **parameters: Any) -> list[str]:
@@ -149,16 +80,6 @@ def pages(client: TestClient, between: Callable[[], object] = lambda: None, **pa
 
 def cursor_of(place: str) -> str:
     return base64.urlsafe_b64encode(place.encode()).decode()
-
-
-def rows(database: TenantDatabase) -> list[tuple[Any, ...]]:
-    """All records and all messages, of all tenants."""
-    with database.owner.connect() as connection:
-        return [
-            tuple(row)
-            for table in ("task_record", "message")
-            for row in connection.exec_driver_sql(f"SELECT t::text FROM rhesis_tasks.{table} t ORDER BY 1")
-        ]
 
 
 @contextmanager

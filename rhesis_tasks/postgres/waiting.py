@@ -38,7 +38,7 @@ class ResultListener:
         self._channel = channel
         self._connection = Connection(database_url(url), name="rhesis-tasks results", connect_timeout=5)
         self._connection.on_notification(self._heard)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what arrives while it asks to be told is heard in the same thread
         self._waiting: dict[str, set[threading.Event]] = {}
         self._thread: threading.Thread | None = None
         self._is_pooled = False

@@ -11,6 +11,7 @@ import datetime
 import functools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -27,7 +28,7 @@ from ..context import TenantContext, current_tenant, exactly, require_tenant
 from ..errors import ContextError, MissingTenantError, SignatureError
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, rendered, schema_name
-from ..states import State, by_celery, expire, to_celery
+from ..states import TERMINAL, State, by_celery, expire, to_celery
 from .records import ChordPart, Filter, RecordTable, StateChange, TaskRecord, is_lost
 from .waiting import listener_for
 
@@ -270,6 +271,9 @@ class PostgresBackend(DatabaseBackend):
                     "id.  Read results inside tenant_scope(...)"
                 )
             return dict(self.meta_from_decoded({"task_id": task_id, "status": "PENDING", "result": None}))
+        return self._meta(task_id, row)
+
+    def _meta(self, task_id: str, row: Mapping[str, Any]) -> dict[str, Any]:
         meta: dict[str, Any] = {
             "task_id": task_id,
             "status": row["custom_state"] or to_celery(State(row["state"])),
@@ -318,20 +322,25 @@ class PostgresBackend(DatabaseBackend):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         listener = listener_for(self.url, self._channel)
         with listener.waiting(self.records.wanted(organization_id, task_id, WANTED_FOR)) as has_ended:
+            is_wanted, answered_at = True, time.monotonic()
             while True:
                 hears = listener.listen()
                 has_ended.clear()
-                meta = self.get_task_meta(task_id)
-                if meta["status"] in self.READY_STATES:
-                    return meta
-                if on_interval is not None:
-                    on_interval()
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    raise TimeoutError("The operation timed out.")
-                pause = WANTED_FOR / 2 if hears and on_interval is None else interval
-                if not has_ended.wait(min(remaining, pause)):
-                    self.records.wanted(organization_id, task_id, WANTED_FOR)
+                try:
+                    if not is_wanted:
+                        self.records.wanted(organization_id, task_id, WANTED_FOR)
+                    row = self.records.get(organization_id, task_id)
+                    answered_at = time.monotonic()
+                except Exception as error:  # a restart of the server is waited for
+                    if not is_lost(error) or time.monotonic() - answered_at > WANTED_FOR:
+                        raise
+                    row = None
+                if row is not None and State(row["state"]) in TERMINAL:
+                    return self._meta(task_id, row)
+                # Nothing is said of a task that has no record yet, such as the next ones of a chain.
+                is_told = hears and row is not None and row["wanted_until"] is not None
+                ask_at = time.monotonic() + (WANTED_FOR / 2 if is_told else interval)
+                is_wanted = _heard(has_ended, ask_at, deadline, interval, on_interval)
 
     @functools.cached_property
     def _channel(self) -> str:
@@ -440,6 +449,25 @@ class PostgresBackend(DatabaseBackend):
         before = datetime.datetime.now(datetime.UTC) - self.expires
         while self.records.expire(before):
             pass
+
+
+def _heard(
+    has_ended: threading.Event, until: float, deadline: float, interval: float, on_interval: Callable[[], object] | None
+) -> bool:
+    """Wait for an event until then; whether it came.
+
+    Celery always has an ``on_interval``, which looks at the tasks before in a chain.
+    """
+    while True:
+        if on_interval is not None:
+            on_interval()
+        now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError("The operation timed out.")
+        if has_ended.wait(max(0.0, min(until, deadline, now + interval) - now)):
+            return True
+        if min(until, deadline) <= time.monotonic():
+            return False
 
 
 def _chord_error(message: str, cause: Any) -> ChordError:

@@ -183,11 +183,18 @@ BEGIN
 END
 $$;
 
+-- A record goes.  Who waits for the task's end is told that nothing will be said of it.
 CREATE OR REPLACE FUNCTION @schema@.record_forget(its_organization text, its_id text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wanted timestamptz;
 BEGIN
     PERFORM set_config('@setting@', its_organization, true);
-    DELETE FROM @schema@.task_record WHERE organization_id = its_organization AND task_id = its_id;
+    DELETE FROM @schema@.task_record WHERE organization_id = its_organization AND task_id = its_id
+    RETURNING wanted_until INTO wanted;
+    IF wanted > clock_timestamp() THEN
+        PERFORM pg_notify(@schema@.result_channel(), @schema@.result_key(its_organization, its_id));
+    END IF;
 END
 $$;
 

@@ -25,6 +25,7 @@ from celery import Celery
 from celery.utils.imports import symbol_by_name
 from kombu.message import Message
 from report import machine
+from tabular import table
 
 from rhesis_tasks import BaseTask, TenantContext, configure, current_tenant, tenant_scope
 from rhesis_tasks.processes import ChildFailedError
@@ -332,18 +333,6 @@ def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 # --- for people ------------------------------------------------------------------------------------------------
-
-
-def table(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
-    """The figures; the first row is the heading."""
-    if markdown:
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    )
 
 
 def _empty_rows(found: Sequence[Summary]) -> list[tuple[str, ...]]:

@@ -107,7 +107,7 @@ def compare(names: Sequence[str], settings: Settings) -> tuple[list[Measurement]
     Returns:
         The measurements, why brokers are missing from them, and facts about the machine.
     """
-    with _stoppable(), ExitStack() as stack:
+    with stoppable(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
         brokers, missing = [], {}
         _say("starting the servers ...")
@@ -145,7 +145,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """Let SIGTERM unwind as Ctrl-C does, so that nothing that was started stays."""
 
     def stop(signum: int, _frame: object) -> NoReturn:

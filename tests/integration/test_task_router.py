@@ -429,7 +429,9 @@ def broken_hook(text: str) -> str:
     raise RuntimeError(text)
 
 
-@pytest.mark.parametrize("redact", [broken_hook, lambda _: None, lambda text: text.encode()], ids=str)
+@pytest.mark.parametrize(
+    "redact", [broken_hook, lambda _: None, lambda text: text.encode()], ids=["raises", "none", "bytes"]
+)
 def test_a_redaction_that_fails_shows_nothing(
     app: Celery, redact: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,4 +74,10 @@ def test_the_route_of_the_readme_is_a_route() -> None:
         names,
     )
 
-    assert set(names["api"].openapi()["paths"]) == {"/reports", "/tasks/{task_id}"}  # type: ignore[attr-defined]
+    assert set(names["api"].openapi()["paths"]) == {  # type: ignore[attr-defined]
+        "/reports",
+        "/tasks/",
+        "/tasks/{task_id}",
+        "/tasks/{task_id}/tree",
+        "/tasks/{task_id}/cancel",
+    }

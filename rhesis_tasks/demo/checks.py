@@ -39,6 +39,12 @@ def claims(
             f"{accounts[account].user.id} gets 404 for what {accounts[other].user.id} launched, as for unknown ids",
             accounts[account].sees_nothing_of(launched[other]),
         )
+    yield (
+        "each one's list has all tasks of their organization, and no others",
+        all(
+            sorted(account.listed()) == sorted(mine.all_tasks) for account, mine in zip(accounts, launched, strict=True)
+        ),
+    )
     seen = _rows_without_tenant(database)
     visible = [_rows_of(database, outcome.user.organization_id) for outcome in outcomes]
     yield (

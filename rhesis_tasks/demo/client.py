@@ -6,16 +6,15 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import httpx2 as httpx
 
+from ..states import TERMINAL
 from .errors import DemoError
 from .example import DemoUser
 
 __all__ = ["Account", "Launched", "Outcome", "follow"]
-
-FINAL: Final = frozenset({"success", "failure", "revoked"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +93,17 @@ class Account:
         status: dict[str, Any] = self.get(f"/tasks/{task_id}")
         return status
 
+    def listed(self) -> list[str]:
+        """All tasks of the organization, page by page."""
+        found: list[str] = []
+        cursor = ""
+        while True:
+            page = self.get(f"/tasks/?limit=20{cursor}")
+            found += [task["task_id"] for task in page["items"]]
+            if page["next"] is None:
+                return found
+            cursor = f"&cursor={page['next']}"
+
     def outcome(self, launched: Launched) -> Outcome:
         """Everything that was launched, as it ended."""
         return Outcome(
@@ -126,7 +136,7 @@ def follow(
     waiting = list(launched.all_tasks)
     total = len(waiting)
     while waiting:
-        waiting = [task_id for task_id in waiting if account.status(task_id)["state"] not in FINAL]
+        waiting = [task_id for task_id in waiting if account.status(task_id)["state"] not in TERMINAL]
         on_progress(total - len(waiting), total)
         if waiting and time.monotonic() > deadline:
             raise DemoError(

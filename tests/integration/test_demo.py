@@ -66,7 +66,7 @@ def test_the_demo_shows_that_all_it_claims_is_true(environment: dict[str, str], 
     done = run(command, environment)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^yes  ", done.stdout, re.MULTILINE)) == 7
+    assert len(re.findall(r"^yes  ", done.stdout, re.MULTILINE)) == 8
     assert "NO  " not in done.stdout
     assert re.search(r"user-1 .* 26 .* 25 .* 1 .* 1 .* 15 of 21", done.stdout)
     assert max(map(len, done.stdout.splitlines())) <= 80

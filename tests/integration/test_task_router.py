@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -19,9 +20,10 @@ from sqlalchemy import Engine, event
 
 from rhesis_tasks import launch_with_context, status, tenant_scope
 from rhesis_tasks.headers import Progress
+from rhesis_tasks.processes import wait_until
 from rhesis_tasks.states import TERMINAL, WAITING, State
 from rhesis_tasks.status import get_task, list_tasks, task_tree
-from rhesis_tasks.testing import TenantDatabase, new_tenant_database
+from rhesis_tasks.testing import StartWorker, TenantDatabase, new_tenant_database
 
 if TYPE_CHECKING:
     from conftest import MakeApp
@@ -548,6 +550,31 @@ def test_where_terminating_is_allowed_it_still_has_to_be_asked_for(app: Celery, 
     client_of(app, ANN, allow_terminate=True).post("/tasks/running/cancel")
 
     assert told == []
+
+
+def test_on_a_real_worker_a_task_shows_its_progress_stops_when_asked_and_ends_when_terminated(
+    app: Celery, tenant_database: TenantDatabase, start_worker: StartWorker
+) -> None:
+    start_worker("cli_tasks", cwd=Path(__file__).parent, env={"DATABASE_URL": tenant_database.url})
+    client = client_of(app, ANN, allow_terminate=True)
+    with tenant_scope(ANN):
+        counting = app.send_task("cli_tasks.counts", (1000,)).id
+        waiting = app.send_task("cli_tasks.runs_until_asked").id
+
+    def shown(task_id: str) -> dict[str, Any]:
+        return dict(client.get(f"/tasks/{task_id}").json())
+
+    wait_until("the first progress", lambda: shown(counting)["progress"], 20)
+    wait_until("the other one's start", lambda: shown(waiting)["state"] == "started", 20)
+    outcomes = [
+        client.post(path).json()["outcome"]
+        for path in (f"/tasks/{waiting}/cancel", f"/tasks/{counting}/cancel?terminate=true")
+    ]
+    wait_until("both ends", lambda: {shown(each)["state"] for each in (counting, waiting)} <= TERMINAL, 20)
+
+    assert outcomes == ["asked", "terminated"]
+    assert (shown(waiting)["state"], shown(waiting)["abort_requested_by"]) == ("success", "ann")
+    assert (shown(counting)["state"], shown(counting)["progress"]["total"]) == ("revoked", 1000)
 
 
 # --- trees ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from celery._state import get_current_task
+from celery.app.task import Context
 from celery.backends.database import DatabaseBackend
 from celery.canvas import maybe_signature
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError
@@ -410,7 +411,7 @@ class PostgresBackend(DatabaseBackend):
                 results = self._results_of_chord(group_id, parts)
             except ChordError as error:
                 _log.error("chord %s: %s", group_id, error)
-                self.chord_error_from_stack(body, error)
+                self._fail_chord(body, error)
                 return
             try:
                 body.delay(results)
@@ -418,7 +419,20 @@ class PostgresBackend(DatabaseBackend):
                 raise  # the broker's: the part's message comes back, and tries again
             except Exception as error:
                 _log.exception("chord %s: its body cannot be launched", group_id)
-                self.chord_error_from_stack(body, ChordError(f"Callback error: {error!r}"))
+                self._fail_chord(body, ChordError(f"Callback error: {error!r}"))
+
+    def _fail_chord(self, body: Any, error: ChordError) -> None:
+        """The body fails without having run; so does a chord that it is a part of."""
+        self.chord_error_from_stack(body, error)
+        options = body.options
+        if options.get("chord"):
+            part = Context(
+                id=body.id,
+                group=options.get("group_id"),
+                group_index=options.get("group_index"),
+                chord=options["chord"],
+            )
+            self.on_chord_part_return(part, "FAILURE", error)
 
     def _results_of_chord(self, group_id: str, parts: Sequence[ChordPart]) -> list[Any]:
         """What the parts have returned, in the header's structure.

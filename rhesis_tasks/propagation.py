@@ -345,12 +345,17 @@ def _recorded(
 
 
 def _due(countdown: Any, eta: Any) -> datetime | None:
-    """When a task is due, if that is later: as Celery sees it."""
+    """When a task is due, if that is later: as Celery's workers see it, who take a time without a zone for UTC."""
+    now = datetime.now(UTC)
     if countdown:
-        return datetime.now(UTC) + timedelta(seconds=float(countdown))
-    if isinstance(eta, str):
+        eta = now + timedelta(seconds=float(countdown))
+    elif isinstance(eta, str):
         eta = datetime.fromisoformat(eta)
-    return eta if isinstance(eta, datetime) else None
+    if not isinstance(eta, datetime):
+        return None
+    if eta.tzinfo is None:
+        eta = eta.replace(tzinfo=UTC)
+    return eta if eta > now else None
 
 
 def _lineage(app: Celery, options: Mapping[str, Any]) -> dict[str, str | None]:

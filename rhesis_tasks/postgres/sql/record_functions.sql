@@ -297,7 +297,7 @@ DECLARE
 BEGIN
     SELECT * INTO chord FROM @schema@.group_record
     WHERE organization_id = its_organization AND group_id = its_id FOR UPDATE;
-    IF chord.chord_done_at IS NOT NULL THEN
+    IF NOT FOUND OR chord.chord_done_at IS NOT NULL THEN
         RETURN false;
     END IF;
     INSERT INTO @schema@.chord_part (organization_id, group_id, task_id, position, state, result)
@@ -334,7 +334,7 @@ $$;
 -- --- expiry --------------------------------------------------------------------------------------------------------
 
 -- Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete what
--- has just ended.  What never ended (its message or its worker was lost) goes thirty days later.
+-- has just ended.  What never ended (its message or its worker was lost), chords included, goes thirty days later.
 CREATE OR REPLACE FUNCTION @schema@.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH old_tasks AS (
@@ -348,6 +348,8 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
         DELETE FROM @schema@.group_record WHERE (organization_id, group_id) IN (
             SELECT organization_id, group_id FROM @schema@.group_record
             WHERE created_at < least(before, now() - interval '1 minute')
+              AND (chord_size IS NULL OR chord_done_at IS NOT NULL
+                   OR created_at < least(before, now()) - interval '30 days')
             LIMIT batch FOR UPDATE SKIP LOCKED)
         RETURNING organization_id, group_id),
     old_parts AS (

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,12 +21,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeAlias
 
+import async_worked
 from arguments import positive
+from broker import stoppable
 from celery import Celery
 from celery.utils.imports import symbol_by_name
 from kombu.message import Message
 from report import machine
-from tabular import table
+from tabular import spread, table
 
 from rhesis_tasks import BaseTask, TenantContext, configure, current_tenant, tenant_scope
 from rhesis_tasks.processes import ChildFailedError
@@ -36,6 +39,9 @@ _TENANT: Final = TenantContext("0197b6f2-5d0c-7d5e-9a51-6b1f6a0f3c11", "0197b6f2
 _LAPS: Final = 15  #: turns of each in a round, with empty tasks
 _AWAITS, _LIMIT, _SECONDS = 500, 100, 0.05  #: of a batch of awaits: how many, how many at once, and how long each is
 _IDEAL: Final = _AWAITS / _LIMIT * _SECONDS * 1e6
+
+_WORKED_ROUNDS: Final = 5  #: at most, with a worker
+_WORKED: Final = 4  #: how many times more tasks a worker runs at a time
 
 Key: TypeAlias = tuple[str, str]
 """What the tasks are made by, and how they await."""
@@ -351,6 +357,25 @@ def _batch_rows(found: Sequence[Summary]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _worked_rows(found: Sequence[Mapping[str, float]]) -> list[tuple[str, ...]]:
+    rows = [("An empty task as a worker runs it, with broker and record", "tasks/s", "ratio", "from - to")]
+    for kind, name in async_worked.KINDS.items():
+        ratios = [each["sync"] / each[kind] for each in found]
+        compared = ("", "") if kind == "sync" else (f"{median(ratios):.2f}x", spread(ratios, ".2f"))
+        rows.append((f"BaseTask: {name}", f"{median(each[kind] for each in found):.0f}", *compared))
+    return rows
+
+
+def _worked(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Nothing, and why, if there is no PostgreSQL."""
+    with stoppable(), tempfile.TemporaryDirectory(prefix="rhesis-bench-") as folder:
+        try:
+            return async_worked.measure(min(options.rounds, _WORKED_ROUNDS), options.tasks * _WORKED, Path(folder))
+        except (ChildFailedError, TimeoutError) as error:
+            print(f"not measured with a worker: {error}", file=sys.stderr)
+            return []
+
+
 def _name(each: Summary) -> str:
     return _named((each.maker, each.way))
 
@@ -406,6 +431,8 @@ def main() -> int:
     batches = summaries(measurements, list(_BATCHES), _FIRST, _IDEAL)
     print(table(_empty_rows(empty), markdown=options.markdown), end="\n\n")
     print(table(_batch_rows(batches), markdown=options.markdown))
+    if worked := _worked(options):
+        print(f"\n{table(_worked_rows(worked), markdown=options.markdown)}")
     print("".join(f"\n{_named(key)}: {reason}" for key, reason in missing.items()))
     print(_about(options, facts))
     if options.json:
@@ -415,6 +442,7 @@ def main() -> int:
             "missing": [[*key, reason] for key, reason in missing.items()],
             "summaries": [asdict(each) for each in (*empty, *batches)],
             "measurements": [asdict(each) for each in measurements],
+            "worked": worked,
         }
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
     return 0

@@ -36,9 +36,10 @@ BEGIN
         root_id = excluded.root_id,
         parent_id = coalesce(excluded.parent_id, r.parent_id),
         eta = coalesce(excluded.eta, r.eta),
-        state = CASE WHEN r.state = ANY (sources) THEN excluded.state ELSE r.state END
+        state = excluded.state
+    WHERE r.state = ANY (sources)
     RETURNING xmax = 0 INTO is_new;
-    RETURN is_new;
+    RETURN coalesce(is_new, false);
 END
 $$;
 

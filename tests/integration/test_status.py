@@ -18,6 +18,7 @@ from sqlalchemy import Engine, text
 from rhesis_tasks import BaseTask, TenantContext, tenant_scope
 from rhesis_tasks.errors import MissingTenantError, NotSupportedError
 from rhesis_tasks.postgres.records import TaskRecord
+from rhesis_tasks.postgres.schema import create_schema
 from rhesis_tasks.processes import wait_until
 from rhesis_tasks.states import State
 from rhesis_tasks.status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
@@ -537,3 +538,52 @@ def test_a_run_on_a_worker_is_a_tree(rig: Rig) -> None:
     # As Celery has it: the last part to end launches the body.
     assert node.record.task_id == first
     assert sorted(names(node)[1:], key=len) == [["add"], ["add", ["echo"]]]
+
+
+# --- upgrading ---------------------------------------------------------------------------------------------------
+
+# Back to what version 2 had, in which workers wrote to the tables themselves.
+AS_IN_VERSION_2 = (
+    "ALTER TABLE rhesis_tasks.task_record DROP COLUMN progress_done, DROP COLUMN progress_total, "
+    "DROP COLUMN progress_message, DROP COLUMN abort_requested_at, DROP COLUMN abort_requested_by, DROP COLUMN eta, "
+    "DROP COLUMN args, DROP COLUMN kwargs, DROP COLUMN wanted_until",
+    "ALTER TABLE rhesis_tasks.group_record DROP COLUMN chord_size, DROP COLUMN chord_added, DROP COLUMN chord_done_at",
+    "DROP TABLE rhesis_tasks.chord_part",
+    "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc "
+    "WHERE pronamespace = 'rhesis_tasks'::regnamespace AND (proname ~ '^(record|group|result|chord)_' "
+    "OR proname = 'records_of') LOOP EXECUTE 'DROP FUNCTION ' || f; END LOOP; END $$",
+    "DROP INDEX rhesis_tasks.task_record_launched_at, rhesis_tasks.task_record_root_id, rhesis_tasks.message_task_id",
+    "UPDATE rhesis_tasks.schema_version SET version = 2",
+    "INSERT INTO rhesis_tasks.task_record (organization_id, task_id, name, state, result, finished_at) VALUES "
+    "('acme', 'done', 'work', 'success', '42', now()), ('acme', 'waiting', 'work', 'queued', NULL, NULL)",
+    "INSERT INTO rhesis_tasks.message (queue, tenant, task_id, envelope, body) "
+    "VALUES ('celery', 'acme', 'waiting', '{\"headers\": {}}', '')",
+)
+
+WRITE_OF_VERSION_2 = """\
+INSERT INTO rhesis_tasks.task_record AS r (organization_id, task_id, name, state) VALUES ('acme', 'old', 'work', '{}')
+ON CONFLICT (organization_id, task_id) DO UPDATE SET state = excluded.state WHERE r.state IN ('queued', 'started')
+"""
+
+
+def test_an_upgrade_of_version_2_keeps_its_records_and_its_workers(
+    make_app: MakeApp, tenant_database: TenantDatabase, superuser: Engine
+) -> None:
+    tenant_database.execute(*AS_IN_VERSION_2)
+
+    def old_worker(state: str) -> None:
+        with superuser.begin() as connection:
+            connection.exec_driver_sql(f'SET LOCAL ROLE "{tenant_database.role}"')
+            connection.exec_driver_sql("SET LOCAL rhesis_tasks.organization_id = 'acme'")
+            connection.exec_driver_sql(WRITE_OF_VERSION_2.format(state))
+
+    old_worker("started")
+    create_schema(tenant_database.owner, roles=[tenant_database.role])
+    old_worker("success")
+
+    app = make_app(broker_url=tenant_database.url)
+    assert [get(app, task_id).state for task_id in ("done", "waiting", "old")] == ["success", "queued", "success"]
+    assert get(app, "done").result == 42
+    assert set(listed(app)) == {"done", "waiting", "old"}
+    assert cancelled(app, "waiting") is Cancellation.CANCELLED
+    assert messages(tenant_database) == []

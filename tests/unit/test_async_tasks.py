@@ -292,6 +292,15 @@ def test_a_coroutine_that_was_cancelled_from_inside_is_a_failure_and_not_the_wor
                 task.apply().get()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where whoever has started this process ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_ends_a_worker_comes_through_and_the_rest_is_cleaned_up(app: Celery, look: Any, run: Any) -> None:
     cleaned: list[str] = []
 
@@ -790,6 +799,7 @@ def test_the_soft_limit_ends_what_blocks_while_the_rest_is_cleared_away(
     run((look, GLOBEX))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_soft_limit_does_not_break_into_the_clearing_of_a_loop_that_is_given_up(
     app: Celery, look: Any, run: Any, seen: list[Any], soft_limit_after: Any
 ) -> None:

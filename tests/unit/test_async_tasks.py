@@ -612,13 +612,17 @@ def test_what_a_task_does_to_the_loop_is_undone(app: Celery, look: Any, run: Any
     @app.task(base=BaseTask)
     async def meddle() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_task_factory(lambda loop, coroutine, **options: asyncio.Task(coroutine, loop=loop, **options))
+        loop.set_task_factory(made)
         loop.set_exception_handler(lambda *_: seen.append(("handled", organization())))
+
+    def made(loop: Any, coroutine: Any, **options: Any) -> Any:
+        seen.append(("made", organization()))
+        return asyncio.Task(coroutine, loop=loop, **options)
 
     @app.task(base=BaseTask)
     async def fail_in_callback() -> None:
         asyncio.get_running_loop().call_soon(lambda: 1 / 0)
-        await asyncio.sleep(0.001)
+        await asyncio.create_task(asyncio.sleep(0.001))
 
     run((meddle, ACME), (fail_in_callback, GLOBEX), (look, GLOBEX))
 

@@ -135,7 +135,7 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
         with (
             _NOTHING if signer is None else _signing(app, signer, producer, connection) as signing,
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
-            recorded(app, task_id, name, eta=_due(countdown, eta), **_lineage(app, options))
+            _launching(app, task_id, name, _due(countdown, eta), options, producer, connection)
             if keeps_record
             else _NOTHING,
         ):
@@ -338,10 +338,21 @@ def recorded(
         raise
 
 
-def _recorded(
-    app: Celery, task_id: str, name: str, countdown: Any, eta: Any, options: Mapping[str, Any]
+def _launching(
+    app: Celery,
+    task_id: str,
+    name: str,
+    eta: datetime | None,
+    options: Mapping[str, Any],
+    producer: Any,
+    connection: Any,
 ) -> AbstractContextManager[None]:
-    return recorded(app, task_id, name, eta=_due(countdown, eta), **_lineage(app, options))
+    """The same for a task that is published in the block, by this producer if there is one."""
+    backend: Any = app.backend
+    if connection is not None or not hasattr(backend, "launching"):
+        return recorded(app, task_id, name, eta=eta, **_lineage(app, options))
+    found: AbstractContextManager[None] = backend.launching(task_id, name, producer, **_lineage(app, options), eta=eta)
+    return found
 
 
 def _due(countdown: Any, eta: Any) -> datetime | None:

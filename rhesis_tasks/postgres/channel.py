@@ -19,6 +19,7 @@ from kombu.utils.uuid import uuid
 from ..errors import DatabaseUnavailableError
 from ..headers import find
 from .consumer import Delivery, Subscription
+from .launching import launch_of
 from .queue import Claimed, MessageQueue
 
 __all__ = ["Channel", "in_other_form", "not_found"]
@@ -270,6 +271,7 @@ class Channel(virtual.Channel):
             task_id=_text(headers.get("id")),
             task_name=_text(headers.get("task")),
             ttl=int(expiration) / 1000 if expiration else None,
+            launch=launch_of(headers.get("id"), self.connection.place),
         )
         if routed is None:
             raise not_found("exchange", exchange, "basic_publish")

@@ -13,11 +13,16 @@ from typing import Any, Final, NamedTuple
 
 from ..settings import quote_identifier
 from .connection import Connection
+from .launching import Launch
 
 __all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH", "QueueForm"]
 
 PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s)"
 """The statement that publishes; ``{schema}`` is the schema's quoted name."""
+
+_PUBLISH_WITH_RECORD: Final = PUBLISH.replace(
+    "SELECT ", "SELECT {schema}.record_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s), ", 1
+)
 
 
 class Claimed(NamedTuple):
@@ -96,6 +101,7 @@ class MessageQueue:
         task_id: str | None = None,
         task_name: str | None = None,
         ttl: float | None = None,
+        launch: Launch | None = None,
     ) -> int | None:
         """Publish a message; it is committed when this returns.
 
@@ -104,15 +110,20 @@ class MessageQueue:
             envelope: JSON.
             priority: 0 to 9; higher ones go first.
             ttl: seconds after which it goes if nobody claimed it.
+            launch: recorded with it; then it is known whether the task was new.
 
         Returns:
             How many queues got it; None if there is no such exchange.
         """
-        rows = self.connection.query(
-            PUBLISH.format(schema=quote_identifier(self.schema)),
-            (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl),
-        )
-        return rows[0][0]  # type: ignore[no-any-return]
+        schema = quote_identifier(self.schema)
+        values = (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl)
+        if launch is None:
+            return self.connection.query(PUBLISH.format(schema=schema), values)[0][0]  # type: ignore[no-any-return]
+        rows = self.connection.query(_PUBLISH_WITH_RECORD.format(schema=schema), (*launch.values, *values))
+        is_new, routed = rows[0]
+        # Published again after a lost connection, it finds the record that it made itself.
+        launch.is_new = launch.is_new or is_new
+        return routed  # type: ignore[no-any-return]
 
     # --- declaring -------------------------------------------------------------------------------------------
 

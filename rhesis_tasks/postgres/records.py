@@ -23,7 +23,7 @@ from .connection import read_only
 from .engines import shared_engine
 from .schema import ensure_schema
 
-__all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost"]
+__all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost", "launch_values"]
 
 ATTEMPTS: Final = 4
 """How often a statement is tried on a connection that may be lost."""
@@ -140,10 +140,9 @@ class RecordTable:
         eta: datetime.datetime | None = None,
     ) -> bool:
         """Record a launch; whether the task is new."""
-        transition = launch if eta is None else delay
         lineage = (root_id, parent_id)
-        state = (transition.target.value, eta, _values(transition.sources), True)
-        return bool(self._scalar("record_launch", (organization_id, task_id, user_id, name, *lineage, *state)))
+        values = launch_values(organization_id, task_id, user_id, name, *lineage, eta, is_lazy=True)
+        return bool(self._scalar("record_launch", values))
 
     def discard(self, organization_id: str, task_id: str) -> None:
         """Take back a launch, unless a worker has the task all the same."""
@@ -337,6 +336,23 @@ class RecordTable:
                         "`rhesis-tasks schema create --role THIS_LOGIN`, which grants what is new, too"
                     ) from None
                 raise
+
+
+def launch_values(
+    organization_id: str,
+    task_id: str,
+    user_id: str | None,
+    name: str | None,
+    root_id: str,
+    parent_id: str | None,
+    eta: datetime.datetime | None,
+    *,
+    is_lazy: bool,
+) -> tuple[Any, ...]:
+    """What ``record_launch`` takes; a lazy one is not on the disk yet when it returns."""
+    transition = launch if eta is None else delay
+    state = (transition.target.value, eta, _values(transition.sources), is_lazy)
+    return (organization_id, task_id, user_id, name, root_id, parent_id, *state)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -13,7 +13,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from celery._state import get_current_task
@@ -26,11 +27,12 @@ from kombu.exceptions import OperationalError
 from kombu.utils.encoding import ensure_bytes
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
-from ..errors import ContextError, MissingTenantError, SignatureError
+from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
 from ..headers import Progress, carried_by, decode, find, state_of
-from ..settings import database_url, rendered, schema_name
+from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, by_celery, expire, to_celery
-from .records import ChordPart, Filter, RecordTable, StateChange, TaskRecord, is_lost
+from .launching import Launch, launching
+from .records import ChordPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
 from .waiting import listener_for
 
 __all__ = ["PostgresBackend", "TaskRecord"]
@@ -104,6 +106,63 @@ class PostgresBackend(DatabaseBackend):
             parent_id=_other(parent_id, task_id),
             eta=eta,
         )
+
+    @contextmanager
+    def launching(
+        self,
+        task_id: str,
+        name: str | None,
+        producer: Any = None,
+        root_id: str | None = None,
+        parent_id: str | None = None,
+        eta: datetime.datetime | None = None,
+    ) -> Iterator[None]:
+        """The same for a task that is published in the block: with its message, if the broker is in this database.
+
+        Args:
+            producer: what publishes it; by default one of the application's.
+        """
+        if not self._is_place_of(producer):
+            is_new = self.record_launch(task_id, name, root_id, parent_id, eta)
+            with self._discarded_on_error(task_id, lambda: is_new):
+                yield
+            return
+        tenant = current_tenant()
+        user_id = tenant.user_id if tenant else None
+        lineage = (root_id or task_id, _other(parent_id, task_id))
+        values = launch_values(_organization(tenant), task_id, user_id, name, *lineage, eta, is_lazy=False)
+        launch = Launch(self._place, task_id, values)
+        try:
+            with self._discarded_on_error(task_id, lambda: bool(launch.is_new)), launching(launch):
+                yield
+        except OperationalError as error:  # kombu's, around ours
+            if launch.is_new is None and isinstance(error.__cause__, DatabaseUnavailableError):
+                raise error.__cause__ from None
+            raise
+        if launch.is_new is None:  # published elsewhere, all the same
+            self.record_launch(task_id, name, root_id, parent_id, eta)
+
+    @contextmanager
+    def _discarded_on_error(self, task_id: str, is_new: Callable[[], bool]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if is_new():
+                self.discard_launch(task_id)
+            raise
+
+    @functools.cached_property
+    def _place(self) -> tuple[str, str]:
+        return rendered(database_url(self.url).set(drivername="postgresql")), self.schema
+
+    def _is_place_of(self, producer: Any) -> bool:
+        """Whether the broker's tables are where the records are."""
+        if producer is not None:
+            transport = getattr(getattr(producer, "connection", None), "transport", None)
+            return bool(getattr(transport, "place", None) == self._place)
+        conf = self.app.conf
+        options = conf.broker_transport_options or {}
+        return _place_of(conf.broker_write_url, options.get("schema"), options.get("default_schema")) == self._place
 
     def discard_launch(self, task_id: str) -> None:
         """Take back the record of a launch that failed, unless a worker has the message all the same."""
@@ -496,6 +555,18 @@ def _heard(
             return True
         if min(until, deadline) <= time.monotonic():
             return False
+
+
+@functools.lru_cache
+def _place_of(url: Any, schema: str | None, default_schema: str | None) -> tuple[str, str] | None:
+    """Where a broker's tables are; None if that is no single PostgreSQL."""
+    if not isinstance(url, str) or ";" in url or not is_postgresql(url):
+        return None
+    parsed = database_url(url).set(drivername="postgresql")
+    in_url = parsed.query.get("schema")
+    if in_url is not None and not isinstance(in_url, str):
+        return None
+    return rendered(parsed.difference_update_query(["schema"])), schema_name(schema or in_url or default_schema)
 
 
 def _chord_error(message: str, cause: Any) -> ChordError:

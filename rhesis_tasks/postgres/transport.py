@@ -76,6 +76,8 @@ class Transport(virtual.Transport):
         self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
         listen_url = options.pop("listen_url", None)
         self._listen_url = database_url(listen_url) if listen_url else self._url
+        #: where it is, to be compared with where records are
+        self.place = (rendered(self._url.set(drivername="postgresql")), self._schema)
         self.queue = MessageQueue(self._connection(self._url), self._schema)
         self._consumer: Consumer | None = None
         self._loop = _Loop(self._deliver_some)

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kombu.utils.uuid import uuid
 from sqlalchemy import text
@@ -207,6 +207,7 @@ def assert_legal(tasks: Tasks, task_id: str) -> None:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example([Event("retry", 1), Event("start", 0), Event("progress of its own", 0), Event("succeed", 0)])
 @given(st.lists(EVENTS, max_size=12))
 def test_a_record_is_where_the_table_of_states_says(tasks: Tasks, events: list[Event]) -> None:
     task_id, model = uuid(), Model()

@@ -357,7 +357,9 @@ def test_a_worker_runs_what_a_login_that_launches_has_launched(logins: Logins, s
             with tenant_scope(ACME):
                 assert noted.get(timeout=TIMEOUT) == "hello"
             assert (shop / "hello.txt").read_text() == "acme"
-            assert logins.owned("SELECT id FROM rhesis_tasks.message WHERE queue = 'celery'") == []
+            # The result is told of before the message is acknowledged.
+            waiting = "SELECT id FROM rhesis_tasks.message WHERE queue = 'celery'"
+            wait_until("the messages to be acknowledged", lambda: logins.owned(waiting) == [])
             [(user,)] = logins.owned(
                 "SELECT DISTINCT usename::text FROM pg_stat_activity JOIN pg_locks USING (pid) "
                 "WHERE locktype = 'advisory' AND classid::integer = rhesis_tasks.lock_class()"

@@ -21,7 +21,7 @@ from rhesis_tasks.postgres.records import TaskRecord
 from rhesis_tasks.postgres.schema import create_schema
 from rhesis_tasks.processes import wait_until
 from rhesis_tasks.states import State
-from rhesis_tasks.status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
+from rhesis_tasks.status import MAX_DEPTH, Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
 from rhesis_tasks.testing import TenantDatabase, running_worker
 
 if TYPE_CHECKING:
@@ -180,15 +180,15 @@ def test_what_has_lost_its_root_begins_at_the_earliest(app: Celery) -> None:
         assert of_tree(task_tree(app, "c")) == ["a", ["b"], ["c"]]
 
 
-def test_a_tree_with_a_circle_ends(app: Celery) -> None:
+def test_a_tree_with_circles_ends_and_has_all(app: Celery) -> None:
     for task_id, parent_id in [("r", "b"), ("a", "r"), ("b", "a"), ("x", "y"), ("y", "x")]:
         record(app, task_id, "r", parent_id)
 
     with tenant_scope(ACME):
-        assert of_tree(task_tree(app, "a")) == ["r", ["a", ["b"]]]
+        assert of_tree(task_tree(app, "a")) == ["r", ["a", ["b"]], ["x", ["y"]]]
 
 
-def test_a_chain_of_two_thousand_is_a_tree(app: Celery, tenant_database: TenantDatabase) -> None:
+def test_a_chain_of_two_thousand_is_a_tree_that_is_not_too_deep(app: Celery, tenant_database: TenantDatabase) -> None:
     tenant_database.execute(
         "INSERT INTO rhesis_tasks.task_record (organization_id, task_id, state, root_id, parent_id) "
         "SELECT 'acme', n::text, 'success', '0', CASE WHEN n > 0 THEN (n - 1)::text END FROM generate_series(0, 1999) n"
@@ -198,10 +198,12 @@ def test_a_chain_of_two_thousand_is_a_tree(app: Celery, tenant_database: TenantD
         node = task_tree(app, "1000")
 
     depth = 0
-    while node is not None:
+    while node is not None and len(node.children) == 1:
         assert node.record.task_id == str(depth)
-        depth, node = depth + 1, next(iter(node.children), None)
-    assert depth == 2000
+        depth, (node,) = depth + 1, node.children
+    assert node is not None
+    assert [child.record.task_id for child in node.children] == [str(n) for n in range(depth + 1, 2000)]
+    assert depth == MAX_DEPTH - 1
 
 
 # --- cancelling what has not started -----------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def _launching(
 ) -> AbstractContextManager[None]:
     """The same for a task that is published in the block, by this producer if there is one."""
     backend: Any = app.backend
-    if connection is not None or not hasattr(backend, "launching"):
+    if connection is not None:
         return recorded(app, task_id, name, eta=eta, **_lineage(app, options))
     found: AbstractContextManager[None] = backend.launching(task_id, name, producer, **_lineage(app, options), eta=eta)
     return found

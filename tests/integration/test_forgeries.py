@@ -137,7 +137,7 @@ def test_a_refusal_takes_the_place_of_no_record(rig: Rig, launcher: Any) -> None
 
     with engine.connect() as connection:
         found = text("SELECT state FROM rhesis_tasks.task_record WHERE task_id = :id")
-        assert connection.scalars(found, {"id": task_id}).all() == ["queued"]
+        assert connection.scalars(found, {"id": task_id}).all() == ["delayed"]
 
 
 def test_what_nobody_has_signed_is_refused(rig: Rig) -> None:

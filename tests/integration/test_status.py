@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import celery
 import pytest
 from applications import application
 from celery import Celery, chain, group
@@ -309,32 +310,28 @@ def test_without_records_nothing_can_be_shown(make_app: MakeApp) -> None:
 
 # --- what a record says ------------------------------------------------------------------------------------------
 
-IN_AN_HOUR = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+DUE: dict[str, Callable[[datetime.datetime], dict[str, Any]]] = {
+    "countdown": lambda _: {"countdown": 3600},
+    "eta": lambda due: {"eta": due},
+    "text": lambda due: {"eta": due.isoformat()},
+    "eta without a zone": lambda due: {"eta": due.replace(tzinfo=None)},
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"countdown": 3600},
-        {"eta": IN_AN_HOUR},
-        {"eta": IN_AN_HOUR.isoformat()},
-        {"eta": IN_AN_HOUR.replace(tzinfo=None)},
-    ],
-    ids=["countdown", "eta", "text", "eta without a zone"],
-)
-def test_a_record_says_when_the_task_is_due(
-    make_app: MakeApp, tenant_database: TenantDatabase, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("how", DUE)
+def test_a_record_says_when_the_task_is_due(make_app: MakeApp, tenant_database: TenantDatabase, how: str) -> None:
     name = tenant_database.owner.url.database
     tenant_database.execute(f"ALTER DATABASE {name} SET TimeZone = 'Asia/Tokyo'")
     app = make_app(broker_url=tenant_database.url)
     app.task(work, base=BaseTask, name="work", shared=False)
 
-    found = get(app, launched(app, **options))
+    in_an_hour = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+
+    found = get(app, launched(app, **DUE[how](in_an_hour)))
 
     assert found.state == "delayed"
     assert found.eta is not None
-    assert abs(found.eta - IN_AN_HOUR) < datetime.timedelta(minutes=5)
+    assert abs(found.eta - in_an_hour) < datetime.timedelta(minutes=5)
 
 
 @pytest.mark.parametrize("options", [{}, {"countdown": 0}, {"eta": datetime.datetime(2020, 1, 1)}, {"countdown": -5}])
@@ -537,9 +534,11 @@ def test_a_run_on_a_worker_is_a_tree(rig: Rig) -> None:
     def names(each: TaskNode) -> list[Any]:
         return [str(each.record.name).removeprefix("status_tasks."), *map(names, each.children)]
 
-    # As Celery has it: the last part to end launches the body.
+    # As Celery has it: the last part to end launches the body.  (5.6 says that it is the first task's.)
     assert node.record.task_id == first
-    assert sorted(names(node)[1:], key=len) == [["add"], ["add", ["echo"]]]
+    is_5_6 = celery.VERSION[:2] == (5, 6)
+    expected = [["add"], ["add"], ["echo"]] if is_5_6 else [["add"], ["add", ["echo"]]]
+    assert sorted(names(node)[1:], key=len) == expected
 
 
 # --- upgrading ---------------------------------------------------------------------------------------------------

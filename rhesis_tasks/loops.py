@@ -129,7 +129,7 @@ class _Run:
         """The task that runs the coroutine, with a copy of the running context."""
         context = copy_context()  # not kept: it has the run, and both would wait for the garbage collector
         context.run(_run.set, self)
-        # Not by the loop's factory: this is none of the tasks that the coroutine starts.
+        # Not by the loop's create_task(): this is none of the tasks that the coroutine starts.
         self._body = body = asyncio.Task(self._through(coroutine), loop=self._loop, context=context)
         return body
 

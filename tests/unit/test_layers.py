@@ -18,7 +18,7 @@ LAYERS = [
     {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "batch", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "loops", "otel"}
-    | {"reporting", "soft_limits"},
+    | {"reporting", "soft_limits", "retry_causes"},
     {"request", "guard", "task", "launch", "status", "app"},
     {"cli", "display", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]

@@ -80,7 +80,8 @@ def run_batch(
         items: asked for the next one when there is room for it, so it may be a long or lazy one.  A generator is closed
             when the batch ends.
         limit: how many items run at once.
-        retry_policy: by which a failed item is tried again; what it gives up is an outcome with an error.
+        retry_policy: by which a failed item is tried again; what it gives up is an outcome with an error.  Its
+            ``max_age`` counts from the first attempt of the item.
         should_stop: asked every second; once it says yes, items that are running are finished, and no others begun.
             Those that wait for their next attempt end with ``was_stopped``.
         on_progress: called after each outcome was looked at, with how many there were and how many there will be (None
@@ -203,6 +204,8 @@ class _Batch(Generic[ItemT, ResultT]):
 
     async def _outcome(self, index: int, item: ItemT) -> BatchOutcome[ItemT, ResultT]:
         attempts = 0
+        now = asyncio.get_running_loop().time
+        begun = now()
         while True:
             attempts += 1
             result: ResultT | None = None
@@ -221,7 +224,7 @@ class _Batch(Generic[ItemT, ResultT]):
             if _is_cancelled():
                 raise asyncio.CancelledError  # whatever the function has made of it
             if error is not None:
-                decision = self._policy.decide(error, attempts - 1)
+                decision = self._policy.decide(error, attempts - 1, elapsed=now() - begun)
                 if isinstance(decision, RetryLater):
                     if not await self._is_stopped_within(decision.countdown):
                         continue

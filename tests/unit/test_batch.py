@@ -412,6 +412,18 @@ async def test_what_the_policy_gives_up_on_is_not_tried_again() -> None:
 
 
 @on_a_loop
+async def test_the_age_that_the_policy_is_told_is_that_of_the_item() -> None:
+    async def fail_late(item: int) -> None:
+        await asyncio.sleep(item * 0.1)
+        raise ValueError
+
+    policy = RetryPolicy(max_retries=2, base=0, max_age=0.05)
+    found = await outcomes(fail_late, [1, 0], limit=1, retry_policy=policy)
+
+    assert [(outcome.item, outcome.attempts) for outcome in found] == [(1, 1), (0, 3)]
+
+
+@on_a_loop
 async def test_an_item_waits_for_its_next_attempt_and_others_go_on() -> None:
     begun = []
 

@@ -41,10 +41,12 @@ def describe(record: TaskRecord) -> str:
         "not before": _time(record.eta),
         "launched": _time(record.launched_at),
         "started": _time(record.started_at),
+        "last start": _time(record.last_started_at) if record.retries else None,
         "finished": _time(record.finished_at),
         "cancelled": _time(record.abort_requested_at),
         "cancelled by": record.abort_requested_by,
         "error": f"{record.error_type}: {record.error_message}" if record.error_type else None,
+        "reason": record.failure_reason,
         "result": repr(record.result) if record.state is State.SUCCESS else None,
     }
     return "\n".join(f"{name + ':':14}{value}" for name, value in values.items() if value is not None)

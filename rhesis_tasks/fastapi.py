@@ -85,6 +85,7 @@ class TaskError(BaseModel):
 
     type: str = Field(description="The exception's class", examples=["ValueError"])
     message: str = Field(description="The exception's message")
+    reason: str | None = Field(None, description="Why there is no other attempt, or when it is")
 
 
 class TaskProgress(BaseModel):
@@ -115,7 +116,8 @@ class TaskStatus(BaseModel):
     abort_requested_by: str | None = Field(description="The user who did")
     eta: datetime | None = Field(description="Not to be run before")
     launched_at: datetime
-    started_at: datetime | None
+    started_at: datetime | None = Field(description="When its first attempt was")
+    last_started_at: datetime | None = Field(description="When its last attempt was")
     finished_at: datetime | None
 
 
@@ -260,7 +262,11 @@ def _status(record: TaskRecord, redact: Redact | None) -> TaskStatus:
     values = {name: getattr(record, name) for name in TaskStatus.model_fields if hasattr(record, name)}
     values["result"] = _shown(record.result)
     if record.error_type:
-        values["error"] = TaskError(type=record.error_type, message=_redacted(record.error_message or "", redact))
+        values["error"] = TaskError(
+            type=record.error_type,
+            message=_redacted(record.error_message or "", redact),
+            reason=record.failure_reason,
+        )
     if record.progress_done is not None:
         values["progress"] = TaskProgress(
             done=record.progress_done, total=record.progress_total, message=record.progress_message or ""

@@ -1,7 +1,7 @@
 """The one header in which context travels inside a Celery message.
 
     {"rhesis_tasks": {"v": 1, "organization_id": "...", "user_id": "...", "project_id": "...",
-                      "extra": {...}, "vars": {...}}}
+                      "extra": {...}, "vars": {...}, "retry_policy": "...", "first_at": 1764300000123}}
 
 Namespaced, because a header named ``get``, ``id`` or ``group`` would clobber Celery's own; versioned, so that
 an old worker can refuse what it does not understand.  Values are str, bool, int or None: AMQP refuses UUIDs
@@ -58,6 +58,8 @@ class Envelope:
 
     tenant: TenantContext | None = None
     variables: Mapping[str, str | bool | int | None] = dataclasses.field(default_factory=dict)
+    retry_policy: str | None = None  #: the name of the one that this launch asks for
+    first_at: int | None = None  #: when the first attempt began, for those after it: milliseconds since 1970
 
     def __bool__(self) -> bool:
         return self.tenant is not None or bool(self.variables)
@@ -84,6 +86,10 @@ class RequestState:
     is_running: bool = False  #: its body is
     awaits_body: bool = False  #: ... about to be called, and its result is waited for
     is_cancelled: bool = False  #: somebody has, before it was started
+    is_superseded: bool = False  #: it has ended, but its record had an end already
+    began_at: float | None = None  #: when its body did, by time.monotonic()
+    first_at: int | None = None  #: when the body of its first attempt did, in milliseconds since 1970
+    reason: str | None = None  #: why a failed attempt is the last one, or when the next one is
     has_retried: bool = False  #: its body has called self.retry()
     progress: Progress | None = None  #: as its body has reported it last
     reporter: Any = None  #: what has written it
@@ -163,6 +169,10 @@ def encode(envelope: Envelope) -> dict[str, Any]:
             value["extra"] = dict(tenant.extra)
     if variables:
         value["vars"] = dict(variables)
+    if envelope.retry_policy is not None:
+        value["retry_policy"] = envelope.retry_policy
+    if envelope.first_at is not None:
+        value["first_at"] = envelope.first_at
     if not _is_short_text(tenant, variables):
         _check_portable(value)
     return value
@@ -231,7 +241,13 @@ def decode(value: object) -> Envelope:
             raise HeaderError("the context header names a user or project without an organization", header=value)
     except InvalidTenantError as error:
         raise HeaderError(f"the context header cannot be used: {error}", header=value) from error
-    return Envelope(tenant, {**variables})
+    policy, first_at = value.get("retry_policy"), value.get("first_at")
+    return Envelope(
+        tenant,
+        {**variables},
+        policy if type(policy) is str else None,
+        first_at if type(first_at) is int and 0 < first_at < _MAX_INT else None,
+    )
 
 
 def _are_plain(variables: dict[Any, Any]) -> bool:

@@ -50,6 +50,7 @@ class TaskRecord:
     error_type: str | None
     error_message: str | None
     traceback: str | None
+    failure_reason: str | None  #: why no other attempt was made, or what the next one waits for
     progress_done: int | None  #: as the task reports it
     progress_total: int | None
     progress_message: str | None
@@ -57,7 +58,8 @@ class TaskRecord:
     abort_requested_by: str | None  #: the user
     eta: datetime.datetime | None  #: not to be run before
     launched_at: datetime.datetime
-    started_at: datetime.datetime | None
+    started_at: datetime.datetime | None  #: its first attempt
+    last_started_at: datetime.datetime | None  #: its last one
     finished_at: datetime.datetime | None
 
     @classmethod
@@ -88,6 +90,7 @@ class StateChange:
     error_type: str | None = None
     error_message: str | None = None
     traceback: str | None = None
+    failure_reason: str | None = None
     progress_done: int | None = None
     progress_total: int | None = None
     progress_message: str | None = None
@@ -178,6 +181,7 @@ class RecordTable:
                 change.error_type,
                 change.error_message,
                 change.traceback,
+                change.failure_reason,
                 change.progress_done,
                 change.progress_total,
                 change.progress_message,

@@ -28,6 +28,7 @@ from kombu.utils.encoding import ensure_bytes
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
 from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
+from ..failures import reason_of, redact_exception, redact_text, redacts
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, by_celery, expire, to_celery
@@ -79,6 +80,12 @@ class PostgresBackend(DatabaseBackend):
     def _decode_stored_result(self, payload: bytes | None) -> Any:
         """As Celery's, but without its way back to pickle: who can write a row shall not run code here."""
         return None if payload is None else self.decode(payload)
+
+    def prepare_exception(self, exc: Exception, serializer: str | None = None) -> Any:
+        """As Celery's; where texts are redacted, what its arguments say is, too."""
+        if not redacts(self.app):
+            return super().prepare_exception(exc, serializer)
+        return redact_exception(self.app, super().prepare_exception(exc, "json"))
 
     # --- launching ---------------------------------------------------------------------------------------------
 
@@ -185,7 +192,11 @@ class PostgresBackend(DatabaseBackend):
         if is_unsigned and state not in self.READY_STATES:
             return
         tenant = _tenant_of(request)
-        error_type, error_message = _error(result) if state in self.EXCEPTION_STATES else (None, None)
+        error_type, error_message, reason = None, None, None
+        if state in self.EXCEPTION_STATES:
+            traceback = traceback and redact_text(self.app, traceback)
+            error_type, error_message = _error(result)
+            reason = (known and known.reason) or (reason_of(error_type) if state == "FAILURE" else None)
         is_expired = state == "REVOKED" and (error_type, error_message) == ("TaskRevokedError", "expired")
         transition = expire if is_expired else by_celery(state)
         is_custom = to_celery(transition.target) != state
@@ -215,6 +226,7 @@ class PostgresBackend(DatabaseBackend):
                 error_type=_storable(error_type),
                 error_message=_storable(error_message),
                 traceback=_storable(traceback),
+                failure_reason=_storable(reason),
                 progress_done=progress.done if progress else None,
                 progress_total=progress.total if progress else None,
                 progress_message=_storable(progress.message) if progress else None,
@@ -222,8 +234,9 @@ class PostgresBackend(DatabaseBackend):
             # What anybody may have sent, under whatever id, takes the place of no record.
             is_trusted=not is_unsigned,
         )
-        if known is not None and state == "STARTED" and stays in (State.REVOKED, State.EXPIRED):
-            known.is_cancelled = True
+        if known is not None and stays is not None:
+            known.is_cancelled = state == "STARTED" and stays in (State.REVOKED, State.EXPIRED)
+            known.is_superseded = transition.target in TERMINAL and stays in TERMINAL
 
     def store_progress(self, task_id: str, progress: Progress | None) -> bool:
         """Record how far one of the active tenant's running tasks is; None changes nothing.

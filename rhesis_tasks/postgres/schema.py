@@ -28,8 +28,9 @@ __all__ = [
     "schema_status",
 ]
 
-VERSION: Final = 3
-"""Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks."""
+VERSION: Final = 4
+"""Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks,
+version 4 the reason of a failure."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""

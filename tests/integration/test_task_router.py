@@ -102,6 +102,9 @@ def counted_statements() -> Iterator[list[str]]:
 # --- one task ------------------------------------------------------------------------------------------------------
 
 
+TIMES = ("launched_at", "started_at", "last_started_at", "abort_requested_at")
+
+
 def test_a_running_task_shows_where_it_is(app: Celery, ann: TestClient) -> None:
     launch(app, ANN, "parent")
     launch(app, ANN, "running", root_id="parent", parent_id="parent")
@@ -112,9 +115,9 @@ def test_a_running_task_shows_where_it_is(app: Celery, ann: TestClient) -> None:
 
     shown = ann.get("/tasks/running").json()
 
-    times = {name: shown.pop(name) for name in ("launched_at", "started_at", "abort_requested_at")}
-    assert [datetime.datetime.fromisoformat(each).utcoffset() for each in times.values()] == [datetime.timedelta()] * 3
-    assert times["launched_at"] < times["started_at"] < times["abort_requested_at"]
+    times = {name: shown.pop(name) for name in TIMES}
+    assert [datetime.datetime.fromisoformat(each).utcoffset() for each in times.values()] == [datetime.timedelta()] * 4
+    assert times["launched_at"] < times["started_at"] <= times["last_started_at"] < times["abort_requested_at"]
     assert shown == {
         "task_id": "running",
         "name": "work",
@@ -417,14 +420,14 @@ def test_errors_are_redacted_wherever_they_are_shown(app: Celery) -> None:
     fail(app, ANN, "broken", "the password is hunter2")
     client = client_of(app, ANN, redact=lambda text: text.replace("hunter2", "***").replace("ValueError", "?"))
 
-    assert errors_of(client, "broken") == [{"type": "ValueError", "message": "the password is ***"}] * 3
+    assert errors_of(client, "broken") == [{"type": "ValueError", "message": "the password is ***", "reason": None}] * 3
 
 
 def test_the_error_of_an_attempt_is_redacted_too(app: Celery) -> None:
     move(app, ANN, "again", State.RETRY, error_type="OSError", error_message="hunter2")
     client = client_of(app, ANN, redact=lambda _: "-")
 
-    assert errors_of(client, "again") == [{"type": "OSError", "message": "-"}] * 3
+    assert errors_of(client, "again") == [{"type": "OSError", "message": "-", "reason": None}] * 3
 
 
 def broken_hook(text: str) -> str:
@@ -439,7 +442,10 @@ def test_a_redaction_that_fails_shows_nothing(
 ) -> None:
     fail(app, ANN, "broken", "the password is hunter2")
 
-    assert errors_of(client_of(app, ANN, redact=redact), "broken") == [{"type": "ValueError", "message": ""}] * 3
+    assert (
+        errors_of(client_of(app, ANN, redact=redact), "broken")
+        == [{"type": "ValueError", "message": "", "reason": None}] * 3
+    )
     assert "redact= failed" in caplog.text
 
 

@@ -14,11 +14,11 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
-    {"errors", "states", "settings", "context", "variables", "headers", "signing"},
+    {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls", "ddl", "models"},
     {"postgres"},
-    {"retry", "batch", "canvas", "propagation", "binding", "sessions", "injection", "logs", "threads", "loops", "otel"}
-    | {"reporting", "soft_limits", "retry_causes"},
+    {"retry", "retry_causes", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions", "injection"}
+    | {"logs", "threads", "loops", "otel", "reporting", "soft_limits"},
     {"request", "guard", "task", "launch", "status", "app"},
     {"cli", "display", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]

@@ -16,7 +16,7 @@ GRANT EXECUTE ON FUNCTION
     @schema@.record_discard(text, text, text[]),
     @schema@.record_state(
         text, text, text, text, text, text, integer, text, text, text, text, bytea, bytea, bytea, bytea, text, text,
-        text, bigint, bigint, text, boolean, boolean, text[]),
+        text, text, bigint, bigint, text, boolean, boolean, text[]),
     @schema@.record_wanted(text, text, double precision),
     @schema@.record_of(text, text),
     @schema@.records_of(

@@ -55,12 +55,14 @@ $$;
 
 -- A task moves to a state, if it may from where it is; an attempt that is not the last one any more only ends it.
 -- Returns NULL, or the state that it stays in.  Notifies if somebody waits for its end.  Index: the primary key.
+-- (After an upgrade that of version 3, without a reason, is there too, for workers that run on.)
 CREATE OR REPLACE FUNCTION @schema@.record_state(
     its_organization text, its_id text, its_user text, its_name text, its_state text, its_custom_state text,
     its_retries integer, its_root text, its_parent text, its_queue text, its_worker text, its_result bytea,
     its_children bytea, its_args bytea, its_kwargs bytea, its_error_type text, its_error_message text,
-    its_traceback text, its_progress_done bigint, its_progress_total bigint, its_progress_message text,
-    is_started boolean, is_finished boolean, sources text[]
+    its_traceback text, its_reason text,
+    its_progress_done bigint, its_progress_total bigint, its_progress_message text, is_started boolean,
+    is_finished boolean, sources text[]
 ) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -73,13 +75,14 @@ BEGIN
     END IF;
     INSERT INTO @schema@.task_record AS r
         (organization_id, task_id, user_id, name, state, custom_state, retries, root_id, parent_id, queue, worker,
-         result, children, args, kwargs, error_type, error_message, traceback,
-         progress_done, progress_total, progress_message, started_at, finished_at)
+         result, children, args, kwargs, error_type, error_message, traceback, failure_reason,
+         progress_done, progress_total, progress_message, started_at, last_started_at, finished_at)
     VALUES
         (its_organization, its_id, its_user, its_name, its_state, its_custom_state, its_retries, its_root, its_parent,
          its_queue, its_worker, its_result, its_children, its_args, its_kwargs, its_error_type, its_error_message,
-         its_traceback, its_progress_done, its_progress_total, its_progress_message,
-         CASE WHEN is_started THEN clock_timestamp() END, CASE WHEN is_finished THEN clock_timestamp() END)
+         its_traceback, its_reason, its_progress_done, its_progress_total, its_progress_message,
+         CASE WHEN is_started THEN clock_timestamp() END, CASE WHEN is_started THEN clock_timestamp() END,
+         CASE WHEN is_finished THEN clock_timestamp() END)
     ON CONFLICT (organization_id, task_id) DO UPDATE SET
         name = coalesce(excluded.name, r.name),
         state = excluded.state,
@@ -96,12 +99,14 @@ BEGIN
         error_type = excluded.error_type,
         error_message = excluded.error_message,
         traceback = excluded.traceback,
+        failure_reason = excluded.failure_reason,
         progress_done = coalesce(excluded.progress_done, r.progress_done),
         progress_total = CASE WHEN excluded.progress_done IS NULL THEN r.progress_total
                               ELSE excluded.progress_total END,
         progress_message = CASE WHEN excluded.progress_done IS NULL THEN r.progress_message
                                 ELSE excluded.progress_message END,
         started_at = coalesce(r.started_at, excluded.started_at),
+        last_started_at = coalesce(excluded.last_started_at, r.last_started_at),
         finished_at = excluded.finished_at
     WHERE r.state = ANY (sources) AND (is_finished OR excluded.retries >= r.retries)
     RETURNING wanted_until INTO wanted;

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.defaults import SETTING_KEYS
 
-from . import logs, propagation
+from . import hooks, logs, outcomes, propagation
 from .errors import ConfigurationError
+from .failures import Redact, use_redaction
 from .guard import Guard
 from .loops import loop_factory
 from .sessions import TenantSessions, require_sessions, sessions_of, use_sessions
@@ -52,6 +53,7 @@ class _Configuration:
     schema: str
     event_loop: str
     launch_records: bool
+    redact: Redact | None
     sessions: TenantSessions | None
     signing_keys: str | None  # their fingerprint
     overrides: tuple[tuple[str, Any], ...]
@@ -74,6 +76,7 @@ def configure(
     schema: str | None = None,
     event_loop: str = "asyncio",
     launch_records: bool = True,
+    redact: Redact | None = None,
     **overrides: Any,
 ) -> None:
     """Make a Celery application tenant-aware.  Call it right after ``Celery(...)``.
@@ -94,6 +97,8 @@ def configure(
         schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
         launch_records: whether a task has a record from its launch on (on PostgreSQL); without, from its start on, and
             until then it is unknown to its tenant and cannot be cancelled.
+        redact: what the texts of a failure, its message and its traceback, become before they are stored (on
+            PostgreSQL) or logged: a function of a str that returns one.  If it fails, nothing of the text is kept.
         event_loop: what runs ``async def`` tasks: ``asyncio``, or ``uvloop`` (extra ``uvloop``).
         **overrides: any Celery setting by its lower-case name.
 
@@ -105,6 +110,8 @@ def configure(
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
     require_sessions(sessions)
+    if redact is not None and not callable(redact):
+        raise ConfigurationError(f"redact= is a function of a str that returns one, not {redact!r}")
     loop_factory(event_loop)
     signer = None if signing_keys == () else Signer(signing_keys)
     environ = os.environ
@@ -120,6 +127,7 @@ def configure(
         schema_name(schema),
         event_loop,
         launch_records,
+        redact,
         sessions,
         signer.fingerprint if signer else None,
         tuple(sorted(overrides.items())),
@@ -148,7 +156,10 @@ def configure(
     if sessions is None and database_url is not None:
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
+    use_redaction(app, redact)
+    hooks.install()  # first, since hooks run before the context is gone
     propagation.install(app, signer, launch_records=launch_records)
+    outcomes.install()
     app.steps["consumer"].add(Guard)
     logs.install()
     _configured[app] = wanted
@@ -169,10 +180,13 @@ def unconfigure(app: Celery) -> None:
             _celerys_defaults(app)[key] = value
     app.backend_cls = None
     propagation.uninstall(app)
+    use_redaction(app, None)
     app.steps["consumer"].discard(Guard)
     use_sessions(app, None)
     if not _configured:
         logs.uninstall()
+        outcomes.uninstall()
+        hooks.uninstall()
 
 
 def _apply_settings(

@@ -158,6 +158,10 @@ class SchemaError(ConfigurationError):
         super().__init__(message)
 
 
+class HookTimeoutError(RhesisTasksError, TimeoutError):
+    """A hook did not end in its time; it is only logged."""
+
+
 class DatabaseUnavailableError(RhesisTasksError, ConnectionError):
     """The database cannot be reached, or the connection to it was lost."""
 

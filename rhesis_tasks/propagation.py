@@ -9,6 +9,7 @@ here what was carried.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import weakref
@@ -36,6 +37,7 @@ from .headers import (
     running,
     state_of,
 )
+from .retry import policy_name
 from .signing import Signer, SigningProducer
 from .variables import Activation
 
@@ -48,6 +50,7 @@ __all__ = [
     "begin",
     "carried_header",
     "carrier",
+    "for_launch",
     "install",
     "installed_apps",
     "is_installed",
@@ -113,7 +116,7 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
         headers = options.get("headers")
         task = options.get("task_type") or app.tasks.get(name)
         task_id = str(task_id or uuid())
-        envelope = outgoing_envelope(headers, task, kwargs)
+        envelope = for_launch(outgoing_envelope(headers, task, kwargs), options)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
         if any(map(options.get, _BOUND)):
@@ -209,6 +212,20 @@ def outgoing_envelope(
     return _of_task(decode(own), "the header", task, kwargs)
 
 
+def for_launch(envelope: Envelope, options: dict[str, Any]) -> Envelope:
+    """With the retry policy that is asked for, which is taken out of the options, or that of the attempts before."""
+    if options.get("retries"):
+        return envelope
+    # What Celery calls so, a dict, is about publishing.
+    asked_for = options.get("retry_policy")
+    name = None
+    if asked_for is not None and not isinstance(asked_for, dict):
+        name = policy_name(options.pop("retry_policy"))
+    if name is None and envelope.retry_policy is None and envelope.first_at is None:
+        return envelope
+    return dataclasses.replace(envelope, retry_policy=name, first_at=None)
+
+
 def outgoing_tenant(
     headers: Mapping[str, Any] | None, task: object, kwargs: Mapping[str, Any] | None
 ) -> TenantContext | None:
@@ -223,14 +240,14 @@ def _of_task(envelope: Envelope, source: str, task: object, kwargs: Mapping[str,
     if task is None:
         return envelope
     if getattr(task, "system", False):
-        return Envelope(None, envelope.variables)
+        return dataclasses.replace(envelope, tenant=None)
     if not getattr(task, "tenant_in_arguments", False):
         return envelope
     named = tenant_in(kwargs)
     if named is None:
         return envelope
     carried = [(source, envelope.tenant)] if envelope.tenant else []
-    return Envelope(agreed([*carried, ("the tenant in the arguments", named)]), envelope.variables)
+    return dataclasses.replace(envelope, tenant=agreed([*carried, ("the tenant in the arguments", named)]))
 
 
 def with_context(headers: Mapping[str, Any] | None, envelope: Envelope) -> dict[str, Any]:
@@ -400,7 +417,11 @@ def carried_header(request: Context) -> dict[str, Any]:
     state = state_of(request)
     if value is None and state is not None and state.envelope:
         value = encode(state.envelope)  # it came in flat headers, or among the arguments
-    return {} if value is None else {HEADER: value}
+    if not isinstance(value, Mapping):
+        return {} if value is None else {HEADER: value}
+    if state is not None and state.first_at is not None:
+        value = {**value, "first_at": state.first_at}
+    return {HEADER: value}
 
 
 def begin(task: Task[Any, Any], request: Context) -> RequestState:

@@ -10,20 +10,27 @@ them is: what nobody with a key has published becomes a request with a name and 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.exceptions import InvalidTaskError, TimeLimitExceeded
+from celery.exceptions import InvalidTaskError, Reject, TimeLimitExceeded
+from celery.signals import task_failure
 from celery.worker import request as worker_request
 from celery.worker import state
 from typing_extensions import override
 
-from .headers import HEADER, REFUSED
+from .failures import reason_of
+from .headers import HEADER, REFUSED, state_of
+from .hooks import publish_hooks
+from .outcomes import TaskOutcome, log_outcome
 from .propagation import records, restored, signer_of
+from .states import State
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -42,6 +49,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
 
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
+    _is_told = False  # how it has ended
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         app = options["app"]
@@ -97,11 +105,19 @@ class ContextRequest(_Request):  # type: ignore[misc]
 
     @override
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._as_launched():
+        error = _bare(exc_info.exception)
+        with self._as_launched(), self._deciding():
             result = super().on_failure(exc_info, *args, **kwargs)
-            if isinstance(_bare(exc_info.exception), TimeLimitExceeded):
+            if isinstance(error, TimeLimitExceeded):
                 self._timed_out = exc_info
+            elif isinstance(error, Reject) and not getattr(error, "requeue", False) and not self._is_told:
+                self._store_rejection(error)
             return result
+
+    def _store_rejection(self, error: Reject) -> None:
+        """A task whose message is rejected for good has failed; Celery 5.6 takes no notice of it."""
+        self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=self.store_errors)
+        self.tell(error)
 
     @override
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -110,7 +126,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
         Of a hard one the prefork pool tells twice, here after on_failure: Celery 5.7 would store the failure, call the
         error callbacks and send the signal a second time.
         """
-        with self._as_launched():
+        with self._as_launched(), self._deciding():
             if soft or self._timed_out is None:
                 super().on_timeout(soft, timeout)
                 return
@@ -122,6 +138,52 @@ class ContextRequest(_Request):  # type: ignore[misc]
         error = _bare(exc_info.exception)
         self.task.on_failure(error, self.id, self.args, self.kwargs, exc_info)
         self.task.after_return(states.FAILURE, error, self.id, self.args, self.kwargs, exc_info)
+
+    # --- telling how it has ended, where that is decided here ------------------------------------------------
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """Celery sends ``task_failure`` in here if it decides that the task has failed."""
+        token = _deciding.set(self)
+        try:
+            yield
+        finally:
+            _deciding.reset(token)
+
+    def tell(self, error: BaseException) -> None:
+        """Log that it has failed, and let its hooks be run by a task: not here, where they would hold up everything."""
+        if self._is_told:
+            return
+        self._is_told = True
+        request, known = self._context, state_of(self._context)
+        outcome = TaskOutcome(
+            task=self.task,
+            task_id=self.id,
+            root_id=request.root_id,
+            tenant=known.tenant if known else None,
+            state=State.FAILURE,
+            error=error,
+            reason=reason_of(type(error).__name__),
+            retries=request.retries or 0,
+            duration=None if self.time_start is None else max(0.0, time.time() - self.time_start),
+        )
+        log_outcome(outcome)
+        if known is not None and known.is_superseded:
+            return  # its record had an end already
+        try:
+            publish_hooks(outcome, request)
+        except Exception:
+            _log.exception("the hooks of task %s[%s] cannot be run", self.name, self.id)
+
+
+_deciding: ContextVar[ContextRequest | None] = ContextVar("rhesis_tasks.deciding", default=None)
+
+
+@task_failure.connect(weak=False, dispatch_uid="rhesis_tasks.request")
+def _failed(task_id: str | None = None, exception: Any = None, **_: Any) -> None:
+    request = _deciding.get()
+    if request is not None and request.id == task_id:
+        request.tell(_bare(exception))
 
 
 # What else a message may bring along would replace what Celery has set on the request.

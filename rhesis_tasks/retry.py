@@ -126,7 +126,7 @@ class RetryPolicy:
             if getattr(self, name) not in words:
                 raise ConfigurationError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
         for name in ("retry_on", "give_up_on"):
-            object.__setattr__(self, name, _exception_types(name, getattr(self, name)))
+            object.__setattr__(self, name, exception_types(name, getattr(self, name)))
         for name in ("when", "retry_after"):
             function = getattr(self, name)
             if function is not None and not callable(function):
@@ -183,7 +183,7 @@ class RetryPolicy:
             return GiveUp(f"all {self.max_retries} retries are used up")
         if self.max_age is not None and elapsed > self.max_age:
             return GiveUp(f"it is older than {self.max_age:.15g} s")
-        countdown = min(self.cap, self._asked_for(error) + self._wait(retries, rng))
+        countdown = min(self.cap, self._asked_for(error) + self.wait(retries, rng=rng))
         if self.max_age is not None and elapsed + countdown > self.max_age:
             return GiveUp(f"it would be older than {self.max_age:.15g} s at its next attempt")
         return RetryLater(countdown)
@@ -207,7 +207,13 @@ class RetryPolicy:
             return 0.0
         return max(0.0, asked) if asked is not None and _is_number(asked) else 0.0
 
-    def _wait(self, retries: int, rng: Callable[[], float]) -> float:
+    def wait(self, retries: int, *, rng: Callable[[], float] = random.random) -> float:
+        """How long to wait before the next retry, in seconds, by this policy without its rules.
+
+        Args:
+            retries: how many retries came before it.
+            rng: a source of numbers from 0 up to 1.
+        """
         bound = self.bound(retries)
         if self.jitter == "none":
             return bound
@@ -249,7 +255,7 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def _exception_types(name: str, value: object) -> ExceptionTypes:
+def exception_types(name: str, value: object) -> ExceptionTypes:
     types = (value,) if isinstance(value, type) else value
     if not isinstance(types, tuple | list | set | frozenset) or not all(
         isinstance(item, type) and issubclass(item, BaseException) for item in types
@@ -286,6 +292,18 @@ def register_retry_policy(name: str, policy: RetryPolicy) -> None:
         raise ConfigurationError(f"register_retry_policy takes a name and a RetryPolicy, not {policy!r}")
     if _named.setdefault(name, policy) != policy:
         raise ConfigurationError(f"another retry policy is registered as {name!r}; give this one its own name")
+
+
+def policy_name(policy: RetryPolicy | str) -> str:
+    """The name by which a policy travels: its own, or that of one that is registered.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if isinstance(policy, RetryPolicy):
+        return policy.__json__()
+    retry_policy_named(policy)
+    return policy
 
 
 def retry_policy_named(name: str) -> RetryPolicy:

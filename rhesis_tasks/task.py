@@ -11,25 +11,40 @@ import functools
 import inspect
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
 from celery import Task
-from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
+from celery._state import (  # type: ignore[attr-defined]  # left out of the stubs
+    _task_stack,
+    connect_on_app_finalize,
+)
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskRevokedError
 from typing_extensions import override
 
+from . import hooks
 from .batch import BatchOutcome, Items, ItemT, ResultT, run_batch
 from .context import TenantContext, current_tenant, exactly, require_tenant
-from .errors import MissingTenantError, NotConfiguredError, NotSupportedError, SignatureError, TaskDefinitionError
+from .errors import (
+    ConfigurationError,
+    MissingTenantError,
+    NotConfiguredError,
+    NotSupportedError,
+    SignatureError,
+    TaskDefinitionError,
+)
 from .headers import Progress, RequestState, running, state_of
 from .logs import TaskLogger
 from .loops import LoopFactory, loop_factory, run_coroutine
 from .otel import mark_current_span
+from .outcomes import TaskOutcome, log_start
 from .propagation import (
     as_launched,
     begin,
     carried_header,
+    for_launch,
     is_installed,
     outgoing_envelope,
     outgoing_tenant,
@@ -39,7 +54,7 @@ from .propagation import (
     with_context,
 )
 from .reporting import Reporter, checked_progress
-from .retry import DEFAULT, NO_RETRY, RetryLater, RetryPolicy
+from .retry import DEFAULT, NO_RETRY, Decision, GiveUp, RetryPolicy, retry_policy_named
 from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, sessions_of
 
 if TYPE_CHECKING:
@@ -99,6 +114,9 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if state.is_cancelled:
             self._drop()
         state.is_running, state.awaits_body = True, self.is_async
+        state.began_at = time.monotonic()
+        state.first_at = state.envelope.first_at or int(time.time() * 1000)
+        log_start(self, self.request)
         mark_current_span()
         try:
             return self.run(*args, **kwargs)
@@ -196,7 +214,9 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
         Publishing is what puts the header in, and nothing is published here.
         """
-        headers = with_context(headers, outgoing_envelope(headers, self, kwargs))
+        envelope = for_launch(outgoing_envelope(headers, self, kwargs), {**options, "retries": retries})
+        options.pop("retry_policy", None)
+        headers = with_context(headers, envelope)
         return super().apply(
             args, kwargs, link, link_error, task_id, retries, throw, logfile, loglevel, headers, **options
         )
@@ -289,6 +309,7 @@ class BaseTask(ContextTask):
         tenant_in_arguments: whether ``organization_id=`` and ``user_id=`` among the keyword arguments name the
             tenant, as callers from before this library pass it.  Set it to False where they mean something else.
         retry_policy: what is tried again, and when.  Not used on a task that uses Celery's ``autoretry_for``.
+        hook_time_limit: seconds that each of the hooks ``on_tenant_...`` may take.
     """
 
     abstract = True
@@ -297,6 +318,30 @@ class BaseTask(ContextTask):
     system: ClassVar[bool] = False
     tenant_in_arguments: ClassVar[bool] = True
     retry_policy: ClassVar[RetryPolicy] = DEFAULT
+    hook_time_limit: ClassVar[float] = 10.0
+
+    # --- hooks, to be replaced -----------------------------------------------------------------------------
+
+    @hooks.does_nothing
+    def on_tenant_success(self, outcome: TaskOutcome) -> object:
+        """Called when a tenant's task has succeeded, after its result is stored; it may be ``async def``.
+
+        The tenant is active, and ``self.get_db_session()`` is at hand.  It runs at most once, in the process that has
+        run the task.  What it raises is logged, after ``hook_time_limit`` seconds it is not waited for, and neither
+        changes anything about the task.
+        """
+
+    @hooks.does_nothing
+    def on_tenant_failure(self, outcome: TaskOutcome) -> object:
+        """The same when it has failed for good.
+
+        A failure that a worker's main process decides (a time limit, a lost process) is told by a task of its own, at
+        least once: :attr:`TaskOutcome.key` is then the same.
+        """
+
+    @hooks.does_nothing
+    def on_tenant_retry(self, outcome: TaskOutcome) -> object:
+        """The same when an attempt has failed and another one follows."""
 
     # --- for the body --------------------------------------------------------------------------------------
 
@@ -501,10 +546,13 @@ class BaseTask(ContextTask):
         except (Retry, Ignore, Reject):
             raise
         except Exception as error:
-            countdown = self._countdown_after(error)
-            if countdown is None:
+            if getattr(self, "autoretry_for", ()) or state.has_retried:
+                raise  # Celery's own rules, or the body's self.retry(), have decided already
+            decision = self._decide(error, state)
+            if isinstance(decision, GiveUp):
+                state.reason = decision.reason
                 raise
-            raise self.retry(exc=error, countdown=countdown, max_retries=self.retry_policy.max_retries) from error
+            raise self.retry(exc=error, countdown=decision.countdown) from error
 
     def _refuse_without(self, tenant: TenantContext | None) -> None:
         if tenant is None and self.tenant_required and not self.system:
@@ -514,20 +562,58 @@ class BaseTask(ContextTask):
             )
 
     @override
-    def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """As Celery's; where it gives up, the retry policy is not asked again."""
-        state = state_of(self.request)
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Exception | None = None,
+        throw: bool = True,
+        eta: Any = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """As Celery's, within the bounds of the retry policy: its number of retries, and its age.
+
+        Where the call or the task names a number of its own (``max_retries``), that one holds; where neither the call
+        nor the task says how long to wait, the policy does.  The policy is not asked whether the exception is worth
+        it: the body has decided.  Where it gives up, it raises ``exc``.
+        """
+        request: Any = self.request
+        state = state_of(request)
         if state is not None:
             state.has_retried = True
-        return super().retry(*args, **kwargs)
+            if not getattr(self, "autoretry_for", ()):
+                policy = self._policy(state)
+                if max_retries is None and self.max_retries == Task.max_retries:
+                    max_retries = policy.max_retries
+                limit = self.max_retries if max_retries is None else max_retries
+                if eta is None and countdown is None and self.default_retry_delay == Task.default_retry_delay:
+                    countdown = policy.wait(request.retries)
+                if limit is not None and request.retries >= limit:
+                    state.reason = f"all {limit} retries are used up"
+                elif policy.max_age is not None and _elapsed(state) + _seconds(eta, countdown) > policy.max_age:
+                    state.reason, max_retries = f"it would be older than {policy.max_age:g} s at its next attempt", 0
+                if state.reason and exc is None:  # Celery's message would show the arguments
+                    raise self.MaxRetriesExceededError(f"Can't retry {self.name}[{request.id}]: {state.reason}")
+        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
 
-    def _countdown_after(self, error: Exception) -> float | None:
-        """Seconds until the next attempt; None if there is none."""
-        state = state_of(self.request)
-        if getattr(self, "autoretry_for", ()) or (state is not None and state.has_retried):
-            return None  # Celery's own rules, or the body's self.retry(), have decided already
-        decision = self.retry_policy.decide(error, self.request.retries)
-        return decision.countdown if isinstance(decision, RetryLater) else None
+    def _decide(self, error: Exception, state: RequestState) -> Decision:
+        policy = self._policy(state)
+        if isinstance(error, SoftTimeLimitExceeded) and not _names_soft_limit(policy):
+            return GiveUp("its soft time limit was reached")
+        return policy.decide(error, self.request.retries, elapsed=_elapsed(state))
+
+    def _policy(self, state: RequestState) -> RetryPolicy:
+        """The one that was asked for at the launch, or the task's."""
+        name = state.envelope.retry_policy
+        if name is not None:
+            try:
+                return retry_policy_named(name)
+            except ConfigurationError as error:
+                self.log.error("%s: it has the task's own", error)
+        policy: Any = self.retry_policy
+        return policy if isinstance(policy, RetryPolicy) else policy(state.tenant)
 
     @classmethod
     @override
@@ -542,3 +628,38 @@ class BaseTask(ContextTask):
             raise TaskDefinitionError(
                 f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}"
             )
+
+
+def _elapsed(state: RequestState) -> float:
+    """Seconds since the first attempt began."""
+    return 0.0 if state.first_at is None else max(0.0, time.time() - state.first_at / 1000)
+
+
+def _names_soft_limit(policy: RetryPolicy) -> bool:
+    return any(SoftTimeLimitExceeded in each.retry_on for each in (policy, *policy.rules))
+
+
+def _seconds(eta: datetime | None, countdown: float | None) -> float:
+    if eta is None:
+        return countdown or 0.0
+    return (eta - datetime.now(eta.tzinfo or UTC)).total_seconds()
+
+
+@connect_on_app_finalize
+def _add_hooks_task(app: Celery) -> None:
+    """The task by which a worker's main process has hooks run."""
+    if not is_installed(app):
+        return
+
+    @app.task(
+        name=hooks.RUN_HOOKS,
+        base=BaseTask,
+        bind=True,
+        shared=False,
+        lazy=False,
+        ignore_result=True,
+        retry_policy=NO_RETRY,
+    )
+    def run_hooks(self: BaseTask, told: dict[str, Any]) -> None:
+        """Run a task's hooks for an outcome that a worker's main process has decided."""
+        hooks.run_hooks(hooks.told_outcome(self.app, told, current_tenant()))

@@ -64,11 +64,14 @@ class Log:
 
 EXPECTED = {
     "speak": ("from the task", "from a task logger", "from another library", "printed", "a warning", "succeeded in"),
-    "fail": ("raised unexpected: ValueError",),
-    "fail_as_expected": ("raised expected: KeyError",),
-    "retry": ("retry: Retry in", "succeeded in"),
+    "fail": (
+        "failed in",
+        "ValueError: it failed (attempt 1: ValueError is not listed in retry_on)",
+    ),
+    "fail_as_expected": ("KeyError: 'nothing' (attempt 1: ",),
+    "retry": ("is tried again in", "ConnectionError: down (attempt 1 ", "started: attempt 2", "succeeded in"),
     "ignore": (" ignored",),
-    "reject": ("reject requeue=False",),
+    "reject": ("failed in", "Reject: not here (attempt 1: it rejected its message)"),
 }
 
 
@@ -96,10 +99,24 @@ def launched(tasks: Any, tenant: TenantContext, pool: str, format: str) -> list[
             note("speak_structured", tasks.speak_structured.delay(SECRET).id, texts=("counted",))
         if pool == "prefork":
             hard = tasks.hang.apply_async((SECRET,), time_limit=1)
-            note("hang", hard.id, texts=("raised error: TimeLimitExceeded", "Hard time limit (1s) exceeded"))
+            note(
+                "hang",
+                hard.id,
+                texts=(
+                    "raised error: TimeLimitExceeded",
+                    "Hard time limit (1s) exceeded",
+                    "(attempt 1: its time limit was reached)",
+                ),
+            )
             soft = tasks.hang.apply_async((SECRET,), soft_time_limit=1)
-            note("hang", soft.id, texts=("Soft time limit (1s) exceeded", "raised unexpected: SoftTimeLimit"))
-            note("die", tasks.die.delay(SECRET).id, texts=("raised error: WorkerLostError",))
+            note(
+                "hang", soft.id, texts=("Soft time limit (1s) exceeded", "(attempt 1: its soft time limit was reached)")
+            )
+            note(
+                "die",
+                tasks.die.delay(SECRET).id,
+                texts=("raised error: WorkerLostError", "(attempt 1: the process that ran it was lost)"),
+            )
     return launches
 
 

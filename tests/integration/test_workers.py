@@ -262,9 +262,10 @@ def test_the_workers_log_names_the_tenant_on_its_lines(rig: Rig) -> None:
     rig.worker.wait_for(f"Task tenant_tasks.look[{result.id}] succeeded", TIMEOUT)
 
     mark = "[org=logged-organization user=logged-user]"
-    ours, celerys = [line for line in rig.worker.output.splitlines() if mark in line]
-    assert ours.endswith("looking around")
-    assert f"Task tenant_tasks.look[{result.id}] succeeded" in celerys
+    started, own, ended = [line for line in rig.worker.output.splitlines() if mark in line]
+    assert f"Task tenant_tasks.look[{result.id}] started: attempt 1" in started
+    assert own.endswith("looking around")
+    assert f"Task tenant_tasks.look[{result.id}] succeeded in " in ended
 
 
 @pytest.mark.parametrize("rig", ["prefork"], indirect=True)  # the only one of these pools that has hard limits

@@ -646,7 +646,7 @@ def test_a_retry_keeps_the_tenant_of_the_message_not_that_of_the_worker(app: Cel
 
 
 def test_a_retry_with_headers_of_its_own_keeps_the_tenant(app: Celery, run: Any, seen: list[Any]) -> None:
-    @app.task(base=BaseTask, bind=True, name="again", retry_policy=NO_RETRY)
+    @app.task(base=BaseTask, bind=True, name="again")
     def again(self: Any) -> None:
         seen.append((self.tenant, (self.request.headers or {}).get("x")))
         if not self.request.retries:
@@ -804,7 +804,7 @@ def test_the_task_is_still_one_of_celerys(note: Any) -> None:
 def test_a_retry_in_the_scope_of_another_tenant_stays_its_own_tenants_also_with_nested_headers(
     app: Celery, work_off: Any, seen: list[Any]
 ) -> None:
-    @app.task(base=BaseTask, bind=True, name="again", retry_policy=NO_RETRY)
+    @app.task(base=BaseTask, bind=True, name="again")
     def again(self: Any) -> None:
         seen.append(self.tenant)
         if not self.request.retries:

@@ -13,7 +13,6 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
 
 from celery import Task
@@ -21,14 +20,13 @@ from celery._state import (  # type: ignore[attr-defined]  # left out of the stu
     _task_stack,
     connect_on_app_finalize,
 )
-from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskRevokedError
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from typing_extensions import override
 
 from . import hooks
 from .batch import BatchOutcome, Items, ItemT, ResultT, run_batch
 from .context import TenantContext, current_tenant, exactly, require_tenant
 from .errors import (
-    ConfigurationError,
     MissingTenantError,
     NotConfiguredError,
     NotSupportedError,
@@ -54,7 +52,8 @@ from .propagation import (
     with_context,
 )
 from .reporting import Reporter, checked_progress
-from .retry import DEFAULT, NO_RETRY, Decision, GiveUp, RetryPolicy, retry_policy_named
+from .retry import DEFAULT, NO_RETRY, GiveUp, RetryPolicy
+from .retrying import check_policy, decide, objection, policy_of
 from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, sessions_of
 
 if TYPE_CHECKING:
@@ -308,7 +307,9 @@ class BaseTask(ContextTask):
             are no tenant's.  Where it acts for tenants, it opens a ``tenant_scope`` for each.
         tenant_in_arguments: whether ``organization_id=`` and ``user_id=`` among the keyword arguments name the
             tenant, as callers from before this library pass it.  Set it to False where they mean something else.
-        retry_policy: what is tried again, and when.  Not used on a task that uses Celery's ``autoretry_for``.
+        retry_policy: what is tried again, and when; or a method that says it for the tenant, or None, that the task
+            works for: ``def retry_policy(self, tenant)``, as an option of the decorator ``func(task, tenant)``.  Not
+            together with Celery's ``autoretry_for``.
         hook_time_limit: seconds that each of the hooks ``on_tenant_...`` may take.
     """
 
@@ -317,7 +318,7 @@ class BaseTask(ContextTask):
     tenant_required: ClassVar[bool] = True
     system: ClassVar[bool] = False
     tenant_in_arguments: ClassVar[bool] = True
-    retry_policy: ClassVar[RetryPolicy] = DEFAULT
+    retry_policy: RetryPolicy | Callable[..., RetryPolicy] = DEFAULT  # no ClassVar, so that a method may replace it
     hook_time_limit: ClassVar[float] = 10.0
 
     # --- hooks, to be replaced -----------------------------------------------------------------------------
@@ -546,13 +547,18 @@ class BaseTask(ContextTask):
         except (Retry, Ignore, Reject):
             raise
         except Exception as error:
-            if getattr(self, "autoretry_for", ()) or state.has_retried:
-                raise  # Celery's own rules, or the body's self.retry(), have decided already
-            decision = self._decide(error, state)
+            if state.has_retried:
+                raise  # the body's self.retry(), or Celery's own rules, have decided already
+            if getattr(self, "autoretry_for", ()):
+                state.reason = f"{type(error).__name__} is not listed in autoretry_for"
+                raise
+            decision = decide(policy_of(self, state), error, self.request.retries, state)
             if isinstance(decision, GiveUp):
                 state.reason = decision.reason
                 raise
-            raise self.retry(exc=error, countdown=decision.countdown) from error
+            # The policy has counted; Celery is only to agree.
+            limit = self.request.retries + 1
+            raise super().retry(exc=error, countdown=decision.countdown, max_retries=limit) from error
 
     def _refuse_without(self, tenant: TenantContext | None) -> None:
         if tenant is None and self.tenant_required and not self.system:
@@ -575,45 +581,33 @@ class BaseTask(ContextTask):
     ) -> Any:
         """As Celery's, within the bounds of the retry policy: its number of retries, and its age.
 
-        Where the call or the task names a number of its own (``max_retries``), that one holds; where neither the call
-        nor the task says how long to wait, the policy does.  The policy is not asked whether the exception is worth
-        it: the body has decided.  Where it gives up, it raises ``exc``.
+        The policy is not asked whether an exception is worth it: the body has decided.  Where the call or the task
+        names a number of its own (``max_retries``), that one holds, not the policy's; where neither of them says how
+        long to wait, the policy does.
+
+        Raises:
+            Retry: there will be another attempt.
+            BaseException: ``exc``, or what is handled at the moment, or MaxRetriesExceededError, if there will not.
         """
         request: Any = self.request
         state = state_of(request)
-        if state is not None:
-            state.has_retried = True
-            if not getattr(self, "autoretry_for", ()):
-                policy = self._policy(state)
-                if max_retries is None and self.max_retries == Task.max_retries:
-                    max_retries = policy.max_retries
-                limit = self.max_retries if max_retries is None else max_retries
-                if eta is None and countdown is None and self.default_retry_delay == Task.default_retry_delay:
-                    countdown = policy.wait(request.retries)
-                if limit is not None and request.retries >= limit:
-                    state.reason = f"all {limit} retries are used up"
-                elif policy.max_age is not None and _elapsed(state) + _seconds(eta, countdown) > policy.max_age:
-                    state.reason, max_retries = f"it would be older than {policy.max_age:g} s at its next attempt", 0
-                if state.reason and exc is None:  # Celery's message would show the arguments
-                    raise self.MaxRetriesExceededError(f"Can't retry {self.name}[{request.id}]: {state.reason}")
+        if state is None:
+            return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+        state.has_retried = True
+        by_celery = bool(getattr(self, "autoretry_for", ()))
+        policy = DEFAULT if by_celery else policy_of(self, state)
+        if not by_celery:
+            if max_retries is None and self.max_retries == Task.max_retries:
+                max_retries = max(part.max_retries for part in (policy, *policy.rules))
+            if eta is None and countdown is None and self.default_retry_delay == Task.default_retry_delay:
+                countdown = policy.wait(request.retries)
+        limit = self.max_retries if max_retries is None else max_retries
+        state.reason = objection(policy, limit, request.retries, state, eta, countdown)
+        if state.reason is not None:
+            max_retries = 0
+            if exc is None:  # Celery's own message would show the arguments
+                raise self.MaxRetriesExceededError(f"Can't retry {self.name}[{request.id}]: {state.reason}")
         return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
-
-    def _decide(self, error: Exception, state: RequestState) -> Decision:
-        policy = self._policy(state)
-        if isinstance(error, SoftTimeLimitExceeded) and not _names_soft_limit(policy):
-            return GiveUp("its soft time limit was reached")
-        return policy.decide(error, self.request.retries, elapsed=_elapsed(state))
-
-    def _policy(self, state: RequestState) -> RetryPolicy:
-        """The one that was asked for at the launch, or the task's."""
-        name = state.envelope.retry_policy
-        if name is not None:
-            try:
-                return retry_policy_named(name)
-            except ConfigurationError as error:
-                self.log.error("%s: it has the task's own", error)
-        policy: Any = self.retry_policy
-        return policy if isinstance(policy, RetryPolicy) else policy(state.tenant)
 
     @classmethod
     @override
@@ -621,28 +615,11 @@ class BaseTask(ContextTask):
         """Refuse a definition that cannot work, when the task is made.
 
         Raises:
-            TaskDefinitionError: the body is a generator, or the retry policy is no RetryPolicy.
+            TaskDefinitionError: the body is a generator, or the retry policy is no RetryPolicy and no method that
+                could return one, or there is ``autoretry_for``, too.
         """
         super().on_bound(app)
-        if not isinstance(cls.retry_policy, RetryPolicy):
-            raise TaskDefinitionError(
-                f"retry_policy of task {cls.name} must be a RetryPolicy, not {cls.retry_policy!r}"
-            )
-
-
-def _elapsed(state: RequestState) -> float:
-    """Seconds since the first attempt began."""
-    return 0.0 if state.first_at is None else max(0.0, time.time() - state.first_at / 1000)
-
-
-def _names_soft_limit(policy: RetryPolicy) -> bool:
-    return any(SoftTimeLimitExceeded in each.retry_on for each in (policy, *policy.rules))
-
-
-def _seconds(eta: datetime | None, countdown: float | None) -> float:
-    if eta is None:
-        return countdown or 0.0
-    return (eta - datetime.now(eta.tzinfo or UTC)).total_seconds()
+        check_policy(cls)
 
 
 @connect_on_app_finalize

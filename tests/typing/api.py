@@ -31,6 +31,7 @@ from rhesis_tasks import (
 )
 from rhesis_tasks.ddl import DisableRLS, EnableRLS
 from rhesis_tasks.models import TenantMixin, tenant_column
+from rhesis_tasks.retry import DATABASE, HTTP, NO_RETRY, GiveUp, RetryLater, http_retry_after, retry_policy_named
 from rhesis_tasks.rls import disable_rls_statements, enable_rls
 
 app = Celery("typed")
@@ -144,6 +145,14 @@ class Special(BaseTask):
     retry_policy = RetryPolicy(max_retries=0)
 
 
+class ByTenant(BaseTask):
+    """One whose retries depend on the tenant."""
+
+    def retry_policy(self, tenant: TenantContext | None) -> RetryPolicy:
+        """Which."""
+        return DATABASE | HTTP if tenant else NO_RETRY
+
+
 def launching() -> None:
     """Launches give back Celery's result."""
     assert_type(launch_with_context(work, 1, current_user=user), AsyncResult[Any])
@@ -160,6 +169,13 @@ async def launching_async() -> None:
 
 # --- settings --------------------------------------------------------------------------------------------------
 
+assert_type(DATABASE | HTTP, RetryPolicy)
+assert_type(HTTP.decide(OSError(), 0, elapsed=1.5), RetryLater | GiveUp)
+assert_type(http_retry_after(OSError()), float | None)
+assert_type(retry_policy_named("http"), RetryPolicy)
+RetryPolicy(3, max_age=60, backoff="linear", jitter="none", when=lambda error: not error.args)
+RetryPolicy(backoff="fast")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+RetryPolicy(3, 1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 RetryPolicy(max_retries="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -17,8 +17,8 @@ LAYERS = [
     {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing"},
     {"rls", "ddl", "models"},
     {"postgres"},
-    {"retry", "retry_causes", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions", "injection"}
-    | {"logs", "threads", "loops", "otel", "reporting", "soft_limits"},
+    {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}
+    | {"injection", "logs", "threads", "loops", "otel", "reporting", "soft_limits"},
     {"request", "guard", "task", "launch", "status", "app"},
     {"cli", "display", "fastapi", "testing", "demo", "embedded", "processes", "migrations"},
 ]

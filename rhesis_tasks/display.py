@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .postgres.records import TaskRecord
 
-__all__ = ["describe", "follow_task", "line", "outline"]
+__all__ = ["describe", "follow_task", "line", "outline", "progress_text"]
 
 LOOK_EVERY: Final = 0.5
 """Seconds between two looks at a task that is followed."""
@@ -68,6 +68,11 @@ def outline(node: TaskNode, depth: int = 0) -> Iterator[str]:
         yield from outline(child, depth + 1)
 
 
+def progress_text(done: int, total: int | None, message: str | None) -> str:
+    """How far a task is, in a few words."""
+    return f"{done}{'' if total is None else f' of {total}'} {message or ''}".rstrip()
+
+
 def follow_task(app: Celery, task_id: str) -> TaskRecord | None:
     """Show the progress of one of the active tenant's tasks until it ends: a bar on a terminal, else a line per change.
 
@@ -110,8 +115,7 @@ def _state(record: TaskRecord) -> str:
 def _progress(record: TaskRecord) -> str | None:
     if record.progress_done is None:
         return None
-    total = "" if record.progress_total is None else f" of {record.progress_total}"
-    return f"{record.progress_done}{total} {record.progress_message or ''}".rstrip()
+    return progress_text(record.progress_done, record.progress_total, record.progress_message)
 
 
 def _time(moment: datetime.datetime | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
@@ -39,6 +40,13 @@ def claims(
             f"{accounts[account].user.id} gets 404 for what {accounts[other].user.id} launched, as for unknown ids",
             accounts[account].sees_nothing_of(launched[other]),
         )
+    steps = [len(outcome.watched.progress) for outcome in outcomes]
+    yield (
+        f"both saw their slow task move ({steps[0]} and {steps[1]} times), and nothing of the other's",
+        min(steps) > 0
+        and all(outcome.watched.is_hidden for outcome in outcomes)
+        and all(_is_done(outcome.statuses[mine.slow]) for mine, outcome in zip(launched, outcomes, strict=True)),
+    )
     yield (
         "each one's list has all tasks of their organization, and no others",
         all(
@@ -74,6 +82,11 @@ def _as_meant(launched: Launched, outcome: Outcome) -> bool:
     return all(outcome.statuses[task_id]["state"] == "success" for task_id in launched.tasks) and all(
         report["state"] == "finished" and report["done"] == report["total"] > 0 for report in outcome.reports
     )
+
+
+def _is_done(status: dict[str, Any]) -> bool:
+    """Whether the progress of a task that has ended is all of it."""
+    return bool(status["progress"] and status["progress"]["done"] == status["progress"]["total"] == status["result"])
 
 
 def _rows_without_tenant(database: DemoDatabase) -> int:

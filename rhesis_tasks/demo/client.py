@@ -14,7 +14,7 @@ from ..states import TERMINAL
 from .errors import DemoError
 from .example import DemoUser
 
-__all__ = ["Account", "Launched", "Outcome", "follow"]
+__all__ = ["Account", "Launched", "Outcome", "Watched", "follow", "watch"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class Launched:
     """What one user has launched."""
 
     runs: tuple[str, ...]
-    tasks: tuple[str, ...]  #: all tasks but the two examples
+    tasks: tuple[str, ...]  #: all tasks but the two that fail
+    slow: str  #: one of them, which reports its progress
     flaky: str
     broken: str
 
@@ -32,12 +33,21 @@ class Launched:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Watched:
+    """What was seen of a user's slow task while it ran."""
+
+    progress: tuple[dict[str, Any], ...]  #: by its own user, each once
+    is_hidden: bool  #: from the other one, each time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """How one user's work ended."""
 
     user: DemoUser
     statuses: dict[str, dict[str, Any]]
     reports: list[dict[str, Any]]
+    watched: Watched
 
     def count(self, state: str) -> int:
         return sum(status["state"] == state for status in self.statuses.values())
@@ -74,7 +84,7 @@ class Account:
         return self._json(self.http.post(path, json=body))
 
     def launch(self) -> Launched:
-        """A run of each test set, and the examples."""
+        """A run of each test set, and the examples; the slow one last, so that nothing waits for it."""
         runs, tasks = [], []
         for test_set in self.get("/test-sets"):
             if test_set["tests"]:
@@ -82,12 +92,8 @@ class Account:
                 runs.append(started["run_id"])
                 tasks += [started["task_id"], *started["part_task_ids"]]
         tasks.append(self.post("/examples/word-count", {"text": "the tenant travels with the work"})["task_id"])
-        return Launched(
-            tuple(runs),
-            tuple(tasks),
-            flaky=self.post("/examples/flaky")["task_id"],
-            broken=self.post("/examples/broken")["task_id"],
-        )
+        flaky, broken, slow = (self.post(f"/examples/{name}")["task_id"] for name in ("flaky", "broken", "slow"))
+        return Launched(tuple(runs), (*tasks, slow), slow, flaky, broken)
 
     def status(self, task_id: str) -> dict[str, Any]:
         status: dict[str, Any] = self.get(f"/tasks/{task_id}")
@@ -104,24 +110,24 @@ class Account:
                 return found
             cursor = f"&cursor={page['next']}"
 
-    def outcome(self, launched: Launched) -> Outcome:
+    def outcome(self, launched: Launched, watched: Watched) -> Outcome:
         """Everything that was launched, as it ended."""
         return Outcome(
             self.user,
             {task_id: self.status(task_id) for task_id in launched.all_tasks},
             [self.get(f"/runs/{run_id}") for run_id in launched.runs],
+            watched,
         )
 
     def sees_nothing_of(self, other: Launched) -> bool:
         """Whether another organization's runs and tasks answer exactly as ids that do not exist."""
-        nobody = str(uuid.uuid4())
-        pairs = [(f"/runs/{run_id}", f"/runs/{nobody}") for run_id in other.runs]
-        pairs += [(f"/tasks/{task_id}", f"/tasks/{nobody}") for task_id in other.all_tasks]
-        for foreign, unknown in pairs:
-            one, two = self.http.get(foreign), self.http.get(unknown)
-            if not (one.status_code == two.status_code == 404 and one.content == two.content):
-                return False
-        return bool(pairs)
+        paths = [("/runs", run_id) for run_id in other.runs] + [("/tasks", task_id) for task_id in other.all_tasks]
+        return bool(paths) and all(self.knows_nothing_of(*each) for each in paths)
+
+    def knows_nothing_of(self, path: str, id_: str) -> bool:
+        """Whether an id answers exactly as one that does not exist."""
+        one, two = self.http.get(f"{path}/{id_}"), self.http.get(f"{path}/{uuid.uuid4()}")
+        return one.status_code == two.status_code == 404 and one.content == two.content
 
 
 def follow(
@@ -143,3 +149,33 @@ def follow(
                 f"{len(waiting)} of {total} tasks of {account.user.id} did not end within {timeout:g} seconds"
             )
         time.sleep(0.2 if waiting else 0)
+
+
+def watch(
+    account: Account,
+    other: Account,
+    task_id: str,
+    on_progress: Callable[[dict[str, Any]], None],
+    timeout: float = 120.0,
+) -> Watched:
+    """Tell each progress of a user's task until it ends, and let the other user try to see it each time.
+
+    Raises:
+        DemoError: it takes longer than ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    seen: list[dict[str, Any]] = []
+    is_hidden = True
+    while True:
+        status = account.status(task_id)
+        progress = status["progress"]
+        if progress is not None and progress not in seen:
+            on_progress(progress)
+            if status["state"] == "started":
+                seen.append(progress)
+                is_hidden &= other.knows_nothing_of("/tasks", task_id)
+        if status["state"] in TERMINAL:
+            return Watched(tuple(seen), is_hidden)
+        if time.monotonic() > deadline:
+            raise DemoError(f"the slow task of {account.user.id} did not end within {timeout:g} seconds")
+        time.sleep(0.2)

@@ -6,25 +6,27 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..display import progress_text
 from ..settings import database_url, redacted
 from .checks import claims
-from .client import Account, Launched, Outcome, follow
+from .client import Account, Launched, Outcome, Watched, follow, watch
 from .database import DemoDatabase, demo_database
 from .example import DemoUser, Running, example_folder, load, migrate, running_example, users_of
 
-__all__ = ["DemoOptions", "run_demo"]
+__all__ = ["DemoOptions", "run_demo", "shown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,8 @@ def _use(running: Running, users: list[DemoUser], database: DemoDatabase, consol
 def _act(accounts: list[Account], database: DemoDatabase, console: Console) -> bool:
     console.print("Launching runs as users of both organizations ...")
     launched = [account.launch() for account in accounts]
-    _follow_all(accounts, launched, console)
-    outcomes = [account.outcome(mine) for account, mine in zip(accounts, launched, strict=True)]
+    watched = _follow_all(accounts, launched, console)
+    outcomes = list(map(Account.outcome, accounts, launched, watched))
     console.print(_table(outcomes))
     succeeded = True
     for claim, holds in claims(accounts, launched, outcomes, database):
@@ -86,19 +88,39 @@ def _act(accounts: list[Account], database: DemoDatabase, console: Console) -> b
     return succeeded
 
 
-def _follow_all(accounts: list[Account], launched: list[Launched], console: Console) -> None:
+def _follow_all(accounts: list[Account], launched: list[Launched], console: Console) -> list[Watched]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(len(accounts)) as threads:
-        waits = []
-        for account, mine in zip(accounts, launched, strict=True):
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(2 * len(accounts)) as threads:
+        follows, watches = [], []
+        for account, other, mine in zip(accounts, reversed(accounts), launched, strict=True):
             bar = progress.add_task(f"tasks of {account.user.id}", total=len(mine.all_tasks))
 
-            def show(done: int, total: int, bar: int = bar) -> None:
-                progress.update(bar, completed=done, total=total)  # type: ignore[arg-type]
+            def show(done: int, total: int, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done, total=total)
 
-            waits.append(threads.submit(follow, account, mine, show))
-        for wait in waits:
-            wait.result()
+            follows.append(threads.submit(follow, account, mine, show))
+            watches.append(threads.submit(watch, account, other, mine.slow, shown(progress, account)))
+        try:
+            for each in follows:
+                each.result()
+            return [each.result() for each in watches]
+        except BaseException:
+            for account in accounts:
+                account.http.close()  # so that those who still follow end, too
+            raise
+
+
+def shown(progress: Progress, account: Account) -> Callable[[dict[str, Any]], None]:
+    """Shows the progress of a user's slow task: as a bar, and where nothing can move a line for each."""
+    name = f"slow task of {account.user.id}"
+    bar = progress.add_task(name, total=None)
+
+    def show(reported: dict[str, Any]) -> None:
+        if not progress.console.is_terminal:
+            progress.console.print(f"{name}: {escape(progress_text(**reported))}", highlight=False)
+        progress.update(bar, completed=reported["done"], total=reported["total"])
+
+    return show
 
 
 def _table(outcomes: list[Outcome]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,14 +11,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import psutil
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from rhesis_tasks.demo.example import example_folder
+from rhesis_tasks.demo.client import Account, watch
+from rhesis_tasks.demo.errors import DemoError
+from rhesis_tasks.demo.example import DemoUser, example_folder
+from rhesis_tasks.demo.run import shown
 from rhesis_tasks.processes import child, wait_until
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import TenantDatabase
@@ -66,9 +73,14 @@ def test_the_demo_shows_that_all_it_claims_is_true(environment: dict[str, str], 
     done = run(command, environment)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^yes  ", done.stdout, re.MULTILINE)) == 8
+    assert len(re.findall(r"^yes  ", done.stdout, re.MULTILINE)) == 9
     assert "NO  " not in done.stdout
-    assert re.search(r"user-1 .* 26 .* 25 .* 1 .* 1 .* 15 of 21", done.stdout)
+    assert re.search(r"user-1 .* 27 .* 26 .* 1 .* 1 .* 15 of 21", done.stdout)
+    for user in ("user-1", "user-2"):  # into a pipe, a line for each change
+        told = [int(done) for done in re.findall(rf"^slow task of {user}: (\d+) of 10 steps$", done.stdout, re.M)]
+        assert told == sorted(set(told))
+        assert (len(told) > 1, told[-1]) == (True, 10)
+    assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     nothing_is_left(environment)
 
@@ -131,6 +143,69 @@ def test_keep_leaves_it_running_with_urls_that_work(environment: dict[str, str],
         demo.process.send_signal(signal.SIGINT)
         assert demo.process.wait(TIMEOUT) == 130
     nothing_is_left(environment)
+
+
+# --- the slow task ---------------------------------------------------------------------------------------------------
+
+
+def account_that_sees(user: str, statuses: list[dict[str, Any]], *, others: int = 404) -> Account:
+    """An account for which the API shows one status of the task "slow" after the other."""
+    account = Account("http://api", DemoUser(user, "acme", "token"))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/tasks/slow" and statuses:
+            return httpx.Response(200, json=statuses.pop(0))
+        return httpx.Response(others if request.url.path == "/tasks/slow" else 404, json={"detail": "no such task"})
+
+    account.http = httpx.Client(base_url="http://api", transport=httpx.MockTransport(answer))
+    return account
+
+
+def status_of(state: str, done: int | None) -> dict[str, Any]:
+    return {"state": state, "progress": None if done is None else {"done": done, "total": 4, "message": ""}}
+
+
+def slow_task() -> list[dict[str, Any]]:
+    reported = [("queued", None), ("started", None), ("started", 1), ("started", 1), ("started", 3), ("success", 4)]
+    return [status_of(*each) for each in reported]
+
+
+def test_each_progress_is_told_once_and_what_was_told_after_the_end_is_not_seen_while_it_ran() -> None:
+    told: list[int] = []
+
+    with account_that_sees("user-1", slow_task()) as account, account_that_sees("user-2", []) as other:
+        watched = watch(account, other, "slow", lambda progress: told.append(progress["done"]))
+
+    assert told == [1, 3, 4]
+    assert [progress["done"] for progress in watched.progress] == [1, 3]
+    assert watched.is_hidden
+
+
+def test_a_slow_task_that_the_other_user_sees_is_not_hidden() -> None:
+    with account_that_sees("user-1", slow_task()) as account, account_that_sees("user-2", [], others=200) as other:
+        assert not watch(account, other, "slow", lambda _: None).is_hidden
+
+
+def test_a_slow_task_that_does_not_end_is_an_error_that_says_so() -> None:
+    for_ever = [status_of("started", 1)] * 100
+    with (
+        account_that_sees("user-1", for_ever) as account,
+        account_that_sees("user-2", []) as other,
+        pytest.raises(DemoError, match=r"the slow task of user-1 did not end within 0\.1 seconds"),
+    ):
+        watch(account, other, "slow", lambda _: None, timeout=0.1)
+
+
+def test_on_a_terminal_a_bar_moves() -> None:
+    screen = io.StringIO()
+    with Progress(console=Console(file=screen, force_terminal=True, width=80), refresh_per_second=100) as progress:
+        show = shown(progress, account_that_sees("user-1", []))
+        for done in (1, 3):
+            show({"done": done, "total": 4, "message": "steps"})
+            progress.refresh()
+
+    assert re.findall(r"slow task of user-1 .*?(\d+)%", screen.getvalue())[-1] == "75"
+    assert "3 of 4 steps" not in screen.getvalue()
 
 
 def seen_through(line: str) -> int:

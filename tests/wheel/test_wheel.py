@@ -134,4 +134,4 @@ def test_the_command_of_an_installed_wheel_runs_the_demo(wheel: Path, tmp_path: 
 
     done = run(folder / "bin" / "rhesis-tasks", "demo", cwd=tmp_path)
 
-    assert done.stdout.count("\nyes  ") == 8
+    assert done.stdout.count("\nyes  ") == 9

@@ -1,4 +1,4 @@
-"""Launching single tasks: one that recovers, one that fails, one that needs no database."""
+"""Launching single tasks: one that recovers, one that fails, one that takes its time, one that needs no database."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from app.auth import CurrentUser, get_tenant
-from app.tasks import broken, flaky, word_count
+from app.tasks import broken, flaky, slow, word_count
 from rhesis_tasks import launch_with_context
 
 __all__ = ["router"]
@@ -36,6 +36,12 @@ def launch_flaky(user: CurrentUser) -> Launched:
 def launch_broken(user: CurrentUser) -> Launched:
     """A task that fails for good."""
     return Launched(task_id=launch_with_context(broken, current_user=user).id)
+
+
+@router.post("/slow", status_code=202)
+def launch_slow(user: CurrentUser) -> Launched:
+    """A task of some seconds, which reports its progress and can be stopped."""
+    return Launched(task_id=launch_with_context(slow, current_user=user).id)
 
 
 @router.post("/word-count", status_code=202)

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from .context import CurrentUser, TenantContext, tenant_scope
 from .errors import MissingExtraError
 from .postgres.records import TaskRecord
-from .states import State
+from .states import TERMINAL, State
 from .status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
+from .streaming import END, Look, task_events
 
 try:
-    from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
+    from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response, status
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import StreamingResponse
     from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
     from pydantic_core import to_jsonable_python
 except ImportError as error:
@@ -159,6 +162,7 @@ def task_router(
     ======================  ============================================================================
     ``GET /``               a :class:`TaskPage`, filtered by state, name, root and time of launch
     ``GET /{id}``           a :class:`TaskStatus`
+    ``GET /{id}/events``    the same each time it changes, as server-sent events, until the task has ended
     ``GET /{id}/tree``      the run that it belongs to, from its root: a :class:`TaskTree`
     ``POST /{id}/cancel``   a :class:`TaskCancellation`
     ======================  ============================================================================
@@ -233,6 +237,32 @@ def task_router(
         with tenant_scope(tenant):
             return _status(found(get_task(app, task_id)), redact)
 
+    @router.get("/{task_id}/events", response_class=_EventStream, responses=_EVENTS)
+    def events_of_task(
+        request: Request,
+        task_id: TaskId,
+        tenant: Tenant,
+        last_event_id: Annotated[str | None, Header(description="As an EventSource sends it")] = None,
+    ) -> Response:
+        """Where a task is, now and each time that changes, until it has ended: server-sent events.
+
+        The data of each is a TaskStatus.  The last one is called `end`, the others `status`.
+        """
+
+        # The scope is for the look alone: one that is open while the stream waits would be lost between two steps.
+        def look() -> Look | None:
+            with tenant_scope(tenant):
+                record = get_task(app, task_id)
+            if record is None:
+                return None
+            return Look(_status(record, redact).model_dump_json(), record.state in TERMINAL)
+
+        first: Look = found(look())
+        if first.has_ended and last_event_id == END:
+            return Response(status_code=status.HTTP_204_NO_CONTENT)
+        events = task_events(first, lambda: run_in_threadpool(look), request.is_disconnected)
+        return _EventStream(events, headers=_AT_ONCE)
+
     @router.get("/{task_id}/tree", responses=unknown)
     def tree_of_task(task_id: TaskId, tenant: Tenant) -> TaskTree:
         """The run that a task belongs to: what was launched by what, and where it is."""
@@ -256,6 +286,44 @@ def task_router(
 
 class _Detail(BaseModel):
     detail: str
+
+
+class _EventStream(StreamingResponse):
+    media_type = "text/event-stream"
+
+
+# nginx would collect events before it passes them on.
+_AT_ONCE: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+# Of another media type than its errors, so FastAPI cannot make it from models.
+_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
+    status.HTTP_200_OK: {
+        "description": "A status now and for each change",
+        "content": {
+            _EventStream.media_type: {
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"type": "string", "enum": ["status", END]},
+                        "id": {"type": "string"},
+                        "data": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "contentSchema": {"$ref": "#/components/schemas/TaskStatus"},
+                        },
+                    },
+                    "required": ["event", "data"],
+                }
+            }
+        },
+    },
+    status.HTTP_204_NO_CONTENT: {"description": "Nothing comes after the last event, whose id was sent"},
+    status.HTTP_404_NOT_FOUND: {
+        "description": "No such task of this tenant",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/_Detail"}}},
+    },
+}
 
 
 def _status(record: TaskRecord, redact: Redact | None) -> TaskStatus:

@@ -139,6 +139,10 @@ def test_keep_leaves_it_running_with_urls_that_work(environment: dict[str, str],
         demo.wait_for("Ctrl-C stops everything.", TIMEOUT)
 
         assert [seen_through(line) for line in demo.output.splitlines() if "curl" in line] == [21, 21]
+        url, token = urls_and_tokens(demo.output)[0]
+        states = follow_and_cancel_a_slow_task(url, token)
+        assert (states[-1]["state"], states[-1]["result"] < 100) == ("success", True)
+        assert any(0 < each["progress"]["done"] < 100 for each in states if each["progress"])
 
         demo.process.send_signal(signal.SIGINT)
         assert demo.process.wait(TIMEOUT) == 130
@@ -213,6 +217,25 @@ def seen_through(line: str) -> int:
     assert match
     header, value, url = match.groups()
     return sum(each["tests"] for each in httpx.get(url.strip(), headers={header: value}).json())
+
+
+def urls_and_tokens(output: str) -> list[tuple[str, str]]:
+    found = re.findall(r"curl -H 'Authorization: Bearer (.*?)' (http://[^/]*)/", output)
+    return [(url, token) for token, url in found]
+
+
+def follow_and_cancel_a_slow_task(url: str, token: str) -> list[dict[str, Any]]:
+    """What the events of a slow task say that is cancelled once it has made progress."""
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30) as http:
+        task_id = http.post("/examples/slow?steps=100").json()["task_id"]
+        said: list[dict[str, Any]] = []
+        with http.stream("GET", f"/tasks/{task_id}/events") as events:
+            for line in events.iter_lines():
+                if line.startswith("data: "):
+                    said.append(json.loads(line.removeprefix("data: ")))
+                    if said[-1]["progress"] and not said[-1]["abort_requested_at"]:
+                        assert http.post(f"/tasks/{task_id}/cancel").json()["outcome"] in ("asked", "ended")
+    return said
 
 
 def test_a_data_folder_is_kept_and_used_again(environment: dict[str, str], command: list[str], tmp_path: Path) -> None:

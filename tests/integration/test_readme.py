@@ -78,6 +78,7 @@ def test_the_route_of_the_readme_is_a_route() -> None:
         "/reports",
         "/tasks/",
         "/tasks/{task_id}",
+        "/tasks/{task_id}/events",
         "/tasks/{task_id}/tree",
         "/tasks/{task_id}/cancel",
     }

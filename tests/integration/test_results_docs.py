@@ -17,6 +17,7 @@ SHOP, *CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILIN
 
 # What the page says of the routes that its code has made.
 USE = """
+import json
 from fastapi.testclient import TestClient
 
 ann, gus = (TestClient(api, headers={"Authorization": f"Bearer {token}"}) for token in USERS)
@@ -24,6 +25,11 @@ listed = ann.get("/tasks/", params={"state": "success"}).json()
 assert [item["task_id"] for item in listed["items"]] == [result.id] and listed["next"] is None
 shown = ann.get(f"/tasks/{result.id}").json()
 assert (shown["state"], shown["result"], shown["user_id"]) == ("success", 3, "ann")
+events = ann.get(f"/tasks/{result.id}/events")
+assert events.headers["content-type"].startswith("text/event-stream")
+name, number, data = (line.partition(": ")[2] for line in events.text.splitlines()[:3])
+assert (name, number, json.loads(data)) == ("end", "end", shown)
+assert gus.get(f"/tasks/{result.id}/events").status_code == 404
 assert ann.get(f"/tasks/{result.id}/tree").json() == {"task": shown, "children": []}
 assert ann.post(f"/tasks/{result.id}/cancel").json() == {"outcome": "ended"}
 assert ann.post(f"/tasks/{result.id}/cancel?terminate=true").status_code == 403

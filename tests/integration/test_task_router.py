@@ -693,11 +693,15 @@ def test_of_a_huge_run_the_latest_tasks_the_root_and_the_one_that_is_asked_for_a
 
 # --- other tenants -------------------------------------------------------------------------------------------------
 
-ATTEMPTS = [
+OF_ONE_TASK = [
     ("GET", "/tasks/{}"),
+    ("GET", "/tasks/{}/events"),
     ("GET", "/tasks/{}/tree"),
     ("POST", "/tasks/{}/cancel"),
     ("POST", "/tasks/{}/cancel?terminate=true"),
+]
+ATTEMPTS = [
+    *OF_ONE_TASK,
     ("GET", "/tasks/?root_id={}"),
     ("GET", "/tasks/?root_id={}&state=started&limit=1"),
     ("GET", "/tasks/?name=secret.{}"),
@@ -790,7 +794,7 @@ GUESSES = [
 
 
 @pytest.mark.parametrize("guess", GUESSES, ids=lambda guess: guess[:20])
-@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("GET", "/tree"), ("POST", "/cancel")])
+@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("GET", "/events"), ("GET", "/tree"), ("POST", "/cancel")])
 def test_no_guess_finds_a_foreign_task(
     app: Celery, bob: TestClient, tenant_database: TenantDatabase, method: str, suffix: str, guess: str
 ) -> None:
@@ -823,7 +827,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("headers", WITHOUT.values(), ids=WITHOUT)
-@pytest.mark.parametrize(("method", "path"), [("GET", "/tasks/"), *ATTEMPTS[:4]])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/tasks/"), *OF_ONE_TASK])
 def test_without_authentication_there_is_nothing(
     app: Celery, foreign: str, tenant_database: TenantDatabase, headers: dict[str, str], method: str, path: str
 ) -> None:
@@ -838,7 +842,7 @@ def test_without_authentication_there_is_nothing(
     assert rows(tenant_database) == before
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/tasks/"), *ATTEMPTS[:4]])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/tasks/"), *OF_ONE_TASK])
 def test_a_user_without_an_organization_is_forbidden_everything(
     app: Celery, foreign: str, method: str, path: str
 ) -> None:
@@ -852,6 +856,16 @@ def test_a_user_without_an_organization_is_forbidden_everything(
 # --- the document --------------------------------------------------------------------------------------------------
 
 
+def schema_of(**content: dict[str, Any]) -> str:
+    """The model of a response, which has one media type."""
+    [(media_type, described)] = content.items()
+    if media_type == "text/event-stream":
+        data = described["itemSchema"]["properties"]["data"]
+        return "events of " + str(data["contentSchema"]["$ref"].rpartition("/")[2])
+    assert media_type == "application/json"
+    return str(described["schema"]["$ref"].rpartition("/")[2])
+
+
 def test_the_openapi_document_says_what_each_route_answers(ann: TestClient) -> None:
     document = ann.get("/openapi.json").json()
     operations = {
@@ -860,7 +874,7 @@ def test_the_openapi_document_says_what_each_route_answers(ann: TestClient) -> N
 
     responses = {
         key: {
-            code: response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            code: schema_of(**response["content"]) if "content" in response else None
             for code, response in operation["responses"].items()
         }
         for key, operation in operations.items()
@@ -870,6 +884,7 @@ def test_the_openapi_document_says_what_each_route_answers(ann: TestClient) -> N
     assert responses == {
         ("get", "/tasks/"): {"200": "TaskPage", "400": error, "422": invalid},
         ("get", "/tasks/{task_id}"): {"200": "TaskStatus", "404": error, "422": invalid},
+        ("get", "/tasks/{task_id}/events"): {"200": "events of TaskStatus", "204": None, "404": error, "422": invalid},
         ("get", "/tasks/{task_id}/tree"): {"200": "TaskTree", "404": error, "422": invalid},
         ("post", "/tasks/{task_id}/cancel"): {"200": "TaskCancellation", "403": error, "404": error, "422": invalid},
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from app.auth import CurrentUser, get_tenant
@@ -39,9 +41,9 @@ def launch_broken(user: CurrentUser) -> Launched:
 
 
 @router.post("/slow", status_code=202)
-def launch_slow(user: CurrentUser) -> Launched:
+def launch_slow(user: CurrentUser, steps: Annotated[int, Query(ge=1, le=1000)] = 10) -> Launched:
     """A task of some seconds, which reports its progress and can be stopped."""
-    return Launched(task_id=launch_with_context(slow, current_user=user).id)
+    return Launched(task_id=launch_with_context(slow, steps, current_user=user).id)
 
 
 @router.post("/word-count", status_code=202)

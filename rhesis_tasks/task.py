@@ -20,7 +20,7 @@ from celery._state import (  # type: ignore[attr-defined]  # left out of the stu
     _task_stack,
     connect_on_app_finalize,
 )
-from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
+from celery.exceptions import Ignore, Reject, Retry
 from typing_extensions import override
 
 from . import hooks
@@ -123,9 +123,8 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             renew(state)
 
     def _drop(self) -> None:
-        """What was cancelled before it was started does not run; a chord that it is part of hears of it."""
-        if self.request.chord:
-            self.backend.on_chord_part_return(self.request, "REVOKED", TaskRevokedError("cancelled"))
+        """What was cancelled before it was started does not run; the rest of its chain, and its chord, hear of it."""
+        self.backend.mark_as_revoked(str(self.request.id), "cancelled", self.request)
         raise Ignore("it was cancelled before it was started")
 
     def _call_directly(self, args: Any, kwargs: Any) -> Any:

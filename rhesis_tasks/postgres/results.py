@@ -279,6 +279,16 @@ class PostgresBackend(DatabaseBackend):
         with exactly(_tenant_of(request)):
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
 
+    def mark_as_revoked(
+        self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True, state: str = "REVOKED"
+    ) -> None:
+        """As Celery's, but the rest of its chain is revoked, too, as it fails with a task that fails.
+
+        It never runs, and somebody may wait for its end, such as a chord.
+        """
+        error = TaskRevokedError(reason)
+        self.mark_as_failure(task_id, error, None, request, store_result, call_errbacks=False, state=state)
+
     # --- stopping ----------------------------------------------------------------------------------------------
 
     def request_abort(self, task_id: str) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from applications import application
 from celery import Celery, chain, chord, group, signals
 from celery.app.task import Context
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
@@ -307,6 +307,51 @@ def test_a_part_that_expires_in_its_queue_fails_the_body(rig: Rig) -> None:
     assert_failed(rig, part_id, result, "TaskRevokedError")
     record = rig.record(part_id)
     assert record is not None and record.state == "expired"
+
+
+END_OF_A_FIRST_TASK = {
+    "cancelled": ({"countdown": 2}, "revoked"),
+    "revoked": ({"countdown": 2}, "revoked"),
+    "expired": ({"headers": {"expires": "2020-01-01T00:00:00+00:00"}}, "expired"),
+}
+
+
+def end_first_task(rig: Rig, task_id: str, how: str) -> None:
+    if how == "cancelled":
+        with tenant_scope(A):
+            assert cancel_task(rig.tasks.app, task_id) is Cancellation.CANCELLED
+    elif how == "revoked":
+        rig.tasks.app.control.revoke(task_id)
+
+
+@pytest.mark.parametrize("how", END_OF_A_FIRST_TASK)
+def test_who_waits_for_the_end_of_a_chain_hears_that_its_first_task_never_runs(rig: Rig, how: str) -> None:
+    options, state = END_OF_A_FIRST_TASK[how]
+    first_id = uuid()
+    with tenant_scope(A):
+        whole = chain(rig.tasks.echo.s(1).set(task_id=first_id, **options), rig.tasks.echo.s(), rig.tasks.echo.s())
+        result = whole.apply_async()
+
+    end_first_task(rig, first_id, how)
+
+    with pytest.raises(TaskRevokedError):
+        rig.get(result)
+    rig.settle()
+    records = [rig.record(str(each.id)) for each in (result, result.parent)]
+    assert [(each.state, each.organization_id) for each in records if each] == [(state, "tenant-a")] * 2
+    assert rig.record(result.id, B) is None
+
+
+@pytest.mark.parametrize("how", END_OF_A_FIRST_TASK)
+def test_a_chain_that_is_cut_off_fails_the_chord_that_it_is_a_part_of(rig: Rig, how: str) -> None:
+    options, _ = END_OF_A_FIRST_TASK[how]
+    first_id, last_id = uuid(), uuid()
+    part = chain(rig.tasks.echo.s(1).set(task_id=first_id, **options), rig.tasks.echo.s().set(task_id=last_id))
+    result = rig.launch([part, rig.tasks.echo.s(2)], rig.tasks.total.s().on_error(rig.tasks.errback.s()))
+
+    end_first_task(rig, first_id, how)
+
+    assert_failed(rig, last_id, result, "TaskRevokedError")
 
 
 def test_a_part_that_is_asked_to_stop_ends_as_it_likes(rig: Rig) -> None:

@@ -24,6 +24,7 @@ from rhesis_tasks.processes import wait_until
 from rhesis_tasks.states import State
 from rhesis_tasks.status import MAX_DEPTH, Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
 from rhesis_tasks.testing import TenantDatabase, running_worker
+from rhesis_tasks.threads import ContextThreadPoolExecutor
 
 if TYPE_CHECKING:
     from conftest import MakeApp
@@ -231,6 +232,16 @@ def test_cancelling_what_has_not_started_takes_its_message_away(
     assert ended.abort_requested_at is not None and ended.finished_at is not None
     with tenant_scope(ACME), pytest.raises(TaskRevokedError):
         app.AsyncResult(task_id).get(timeout=5)
+
+
+def test_who_waits_for_a_chain_hears_at_once_that_its_first_task_is_cancelled(app: Celery) -> None:
+    with tenant_scope(ACME):
+        result = chain(app.signature("work"), app.signature("other")).apply_async()
+    with tenant_scope(ACME), ContextThreadPoolExecutor() as threads:
+        waiting = threads.submit(result.get, timeout=TIMEOUT)
+        assert cancelled(app, result.parent.id) is Cancellation.CANCELLED
+        with pytest.raises(TaskRevokedError):
+            waiting.result()
 
 
 def test_cancelling_what_waits_for_its_next_attempt_takes_that_away(

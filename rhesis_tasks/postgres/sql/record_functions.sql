@@ -219,7 +219,8 @@ END
 $$;
 
 -- Cancel a task that has not started: it ends as cancelled, and its message goes if no worker has it (the worker that
--- has it drops it, and so does the one that gets a part of a group, since a chord waits for it).  Returns whether it did.  As the owner, since nobody else reads messages; only its own
+-- has it drops it).  That of a part of a group, or of a task with a rest of a chain (as JSON), stays: the worker that
+-- drops it tells those who wait.  Returns whether it did.  As the owner, since nobody else reads messages; only its own
 -- organization's.  Index: message_task_id.
 CREATE OR REPLACE FUNCTION @schema@.record_cancel(
     its_organization text, its_id text, by_user text, its_state text, its_result bytea, its_error_type text,
@@ -244,7 +245,8 @@ BEGIN
     END IF;
     DELETE FROM @schema@.message
     WHERE task_id = its_id AND tenant = its_organization AND claim_token IS NULL
-      AND envelope -> 'headers' ->> 'group' IS NULL;
+      AND envelope -> 'headers' ->> 'group' IS NULL
+      AND position('"chain": ['::bytea IN body) = 0;
     IF wanted > clock_timestamp() THEN
         PERFORM pg_notify(@schema@.result_channel(), @schema@.result_key(its_organization, its_id));
     END IF;

@@ -14,6 +14,7 @@ from celery import Task, bootsteps
 from celery.utils.imports import symbol_by_name
 from typing_extensions import override
 
+from .hooks import has_async_hooks
 from .propagation import signer_of
 
 if TYPE_CHECKING:
@@ -68,18 +69,20 @@ def refuse_async_tasks(app: Celery, pool: str) -> None:
     """Check that a pool can run the application's tasks.
 
     Raises:
-        SystemExit: there are ``async def`` tasks, and the pool has one thread for all of its greenlets: it could run
-            one event loop.
+        SystemExit: there are ``async def`` tasks or hooks, and the pool has one thread for all of its greenlets: it
+            could run one event loop.
     """
     if pool not in ("gevent", "eventlet"):
         return
     app.finalize()
-    found = sorted(name for name, task in app.tasks.items() if getattr(task, "is_async", False))
-    if found:
-        raise SystemExit(
-            f"application {app.main!r} has async def tasks, which a {pool} worker cannot run: {', '.join(found)}.  "
-            "Start it with --pool prefork, threads or solo, or do not import them there"
-        )
+    tasks = sorted(name for name, task in app.tasks.items() if getattr(task, "is_async", False))
+    hooked = sorted(name for name, task in app.tasks.items() if has_async_hooks(task))
+    for what, found in (("tasks", tasks), ("hooks of tasks", hooked)):
+        if found:
+            raise SystemExit(
+                f"application {app.main!r} has async def {what}, which a {pool} worker cannot run: {', '.join(found)}"
+                ".  Start it with --pool prefork, threads or solo, or do not import them there"
+            )
 
 
 def refuse_to_start(app: Celery) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TaskOutcome",
+    "has_async_hooks",
     "install",
     "on_tenant_failure",
     "on_tenant_retry",
@@ -154,6 +155,17 @@ def _hooks(task: Any, state: State, error: BaseException | None) -> Iterator[Hoo
             yield each.hook
 
 
+def has_async_hooks(task: Any) -> bool:
+    """Whether a hook of the task's is ``async def``, its own or one for many."""
+    hooks = [getattr(task, name, None) for name in _NAMES.values()]
+    hooks += [each.hook for each in _registered.get(task.app, ()) if fnmatch.fnmatchcase(task.name, each.task)]
+    return any(map(_is_async, hooks))
+
+
+def _is_async(hook: Any) -> bool:
+    return inspect.iscoroutinefunction(inspect.unwrap(hook))
+
+
 # --- running them ------------------------------------------------------------------------------------------------
 
 _left: list[threading.Thread] = []  # of hooks that have taken too long
@@ -178,7 +190,7 @@ def run_hooks(outcome: TaskOutcome) -> None:
 def _run(hook: Hook, outcome: TaskOutcome) -> None:
     task = outcome.task
     limit: float = task.hook_time_limit
-    if inspect.iscoroutinefunction(inspect.unwrap(hook)):
+    if _is_async(hook):
         run_coroutine(
             _within(limit, hook, outcome), name=task.name, grace=task.cleanup_grace, factory=task._loop_factory
         )

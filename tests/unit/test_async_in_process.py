@@ -42,6 +42,7 @@ from rhesis_tasks.errors import (
     TaskDefinitionError,
 )
 from rhesis_tasks.guard import refuse_async_tasks
+from rhesis_tasks.hooks import on_tenant_success
 from rhesis_tasks.loops import close_loops
 
 ACME = TenantContext("acme", "alice")
@@ -1091,6 +1092,23 @@ def test_a_gevent_worker_does_not_start_with_async_tasks(app: Celery, look: Any)
     for pool in ("gevent", "eventlet"):
         with pytest.raises(SystemExit, match=f"async def tasks, which a {pool} worker cannot run: look"):
             refuse_async_tasks(app, pool)
+
+
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_a_gevent_worker_does_not_start_with_async_hooks(app: Celery, is_registered: bool) -> None:
+    async def hook(*_: Any) -> None: ...
+
+    options: dict[str, Any] = {} if is_registered else {"on_tenant_failure": hook}
+
+    @app.task(base=BaseTask, lazy=False, name="work", **options)
+    def work() -> None: ...
+
+    if is_registered:
+        on_tenant_success(app, task="wo*")(hook)
+
+    refuse_async_tasks(app, "prefork")
+    with pytest.raises(SystemExit, match="async def hooks of tasks, which a gevent worker cannot run: work"):
+        refuse_async_tasks(app, "gevent")
 
 
 def test_an_unknown_kind_of_loop_is_refused(make_app: Callable[..., Celery]) -> None:

@@ -28,6 +28,7 @@ from .errors import (
     TenantSessionError,
     UnsafeConnectionError,
 )
+from .postgres.engines import cancel_interrupted
 from .rls import ORGANIZATION_SETTING, setting_literal
 
 __all__ = [
@@ -238,6 +239,7 @@ def watch(engine: Engine) -> None:
     _watched.add(engine)
     event.listen(engine, "before_cursor_execute", _refuse_statement)
     event.listen(engine, "handle_error", _explain, retval=True)
+    cancel_interrupted(engine)
     for ending in ("commit", "rollback", "commit_twophase", "rollback_twophase"):
         event.listen(engine, ending, _end)
 

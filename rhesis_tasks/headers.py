@@ -91,6 +91,8 @@ class RequestState:
     first_at: int | None = None  #: when the body of its first attempt did, in milliseconds since 1970
     reason: str | None = None  #: why a failed attempt is the last one, or when the next one is
     has_retried: bool = False  #: its body has called self.retry()
+    thread: int | None = None  #: in which its body runs
+    sessions: Any = None  #: that its body has opened there
     progress: Progress | None = None  #: as its body has reported it last
     reporter: Any = None  #: what has written it
     before: RequestState | None = None  #: of the request that runs around it, in eager mode

@@ -8,7 +8,9 @@ ignored (autocommit, a superuser, a borrowed transaction) is refused before any 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
@@ -46,6 +48,7 @@ from .errors import (
     TenantSessionError,
     UnsafeConnectionError,
 )
+from .headers import RequestState, running
 from .postgres.engines import LoopEngines, OneLoopEngine, forget_pool_after_fork, new_engine
 from .settings import redacted
 
@@ -62,6 +65,7 @@ __all__ = [
     "TenantSessions",
     "TransactionOptions",
     "ambient_sessions",
+    "close_left_open",
     "require_sessions",
     "sessions_of",
     "use_sessions",
@@ -69,6 +73,7 @@ __all__ = [
 
 _ASKED: Final = "rhesis_tasks.asked"  # in the info of a session that has asked for a connection ...
 _BEGUN: Final = "rhesis_tasks.begun"  # ... and that has got one with a transaction
+_log = logging.getLogger(__name__)
 _system_log = logging.getLogger("rhesis_tasks.system")
 
 
@@ -90,6 +95,7 @@ class _OptionsSession(Session):
         self._optioned: dict[Engine, Engine] = {}
         kwargs["close_resets_only"] = False  # a closed session that reopened would keep its tenant
         super().__init__(*args, **kwargs)
+        _note(self)
 
     @override
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
@@ -115,6 +121,27 @@ class _OptionsSession(Session):
         if engine not in self._optioned:
             self._optioned[engine] = engine.execution_options(**options)
         return self._optioned[engine]
+
+
+def _note(session: Session) -> None:
+    """Know a session that a task's body has opened, unless an event loop runs, which knows its own connections."""
+    state = running.get()
+    if state is not None and state.thread == threading.get_ident() and asyncio._get_running_loop() is None:
+        if state.sessions is None:
+            state.sessions = weakref.WeakSet()
+        state.sessions.add(session)
+
+
+def close_left_open(state: RequestState) -> None:
+    """Roll back and close what a task's body has left in the middle of a transaction, whatever it ended with."""
+    for session in list(state.sessions or ()):
+        if not session.in_transaction():
+            continue
+        _log.warning("task %s left a session open: its transaction is rolled back", getattr(state.task, "name", "-"))
+        try:
+            session.close()
+        except Exception:
+            _log.exception("a session that was left open cannot be closed")
 
 
 class TenantSession(_OptionsSession):

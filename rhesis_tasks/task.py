@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import math
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack
@@ -54,7 +55,7 @@ from .propagation import (
 from .reporting import Reporter, checked_progress
 from .retry import DEFAULT, NO_RETRY, GiveUp, RetryPolicy
 from .retrying import check_policy, decide, objection, policy_of
-from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, sessions_of
+from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, close_left_open, sessions_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -113,6 +114,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if state.is_cancelled:
             self._drop()
         state.is_running, state.awaits_body = True, self.is_async
+        state.thread = threading.get_ident()
         state.began_at = time.monotonic()
         state.first_at = state.envelope.first_at or int(time.time() * 1000)
         log_start(self, self.request)
@@ -121,6 +123,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             return self.run(*args, **kwargs)
         finally:
             renew(state)
+            close_left_open(state)
 
     def _drop(self) -> None:
         """What was cancelled before it was started does not run; the rest of its chain, and its chord, hear of it."""

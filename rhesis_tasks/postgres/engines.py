@@ -6,9 +6,11 @@ import asyncio
 import functools
 import os
 import weakref
+from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ..errors import ConfigurationError
@@ -18,6 +20,7 @@ __all__ = [
     "LoopEngines",
     "OneLoopEngine",
     "abandon_engines",
+    "cancel_interrupted",
     "cut_lent",
     "dispose_engines",
     "forget_pool_after_fork",
@@ -40,6 +43,37 @@ def new_engine(url: Any, **options: Any) -> Engine:
     engine = create_engine(database_url(url), **{"pool_pre_ping": True, **options})
     forget_pool_after_fork(engine)
     return engine
+
+
+def cancel_interrupted(engine: Engine) -> None:
+    """Let a statement whose answer nobody waits for any more be cancelled, and its connection be closed.
+
+    A soft time limit raises wherever the task is.  In the middle of a statement, the server would go on until it has an
+    answer, with all its locks, and the connection could not even roll back.  (psycopg sees to it on Ctrl-C only.)
+    """
+    event.listen(engine, "handle_error", _give_up_interrupted)
+    event.listen(engine, "close", _cancel)
+
+
+def _give_up_interrupted(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is not None and not connection.invalidated and _is_active(connection.connection.dbapi_connection):
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+
+
+def _cancel(connection: Any, _: object) -> None:
+    if _is_active(connection):
+        with suppress(Exception):  # it is gone, then
+            connection.pgconn.get_cancel().cancel()
+
+
+def _is_active(connection: Any) -> bool:
+    """Whether a connection of psycopg's waits for the end of a statement."""
+    pgconn = getattr(connection, "pgconn", None)
+    return pgconn is not None and pgconn.transaction_status == _ACTIVE
+
+
+_ACTIVE: Final = 1  # libpq's PQTRANS_ACTIVE
 
 
 @functools.cache

@@ -13,8 +13,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from rhesis_tasks import (
     BaseTask,
@@ -151,6 +153,41 @@ async def waits_for_the_database(self: BaseTask) -> None:
 @app.task(base=BaseTask, bind=True, soft_time_limit=0.4)
 async def waits_for_a_thread(self: BaseTask) -> None:
     await asyncio.to_thread(time.sleep, 2)
+
+
+# The same in tasks that are no coroutines.
+
+
+@app.task(base=BaseTask, bind=True, soft_time_limit=0.4)
+@tenant_session
+def sleeps_in_a_session(self: BaseTask, db: Session) -> None:
+    db.execute(INSERT, {"organization_id": self.tenant.organization_id, "body": "never committed"})
+    time.sleep(60)
+
+
+@app.task(base=BaseTask, bind=True, soft_time_limit=0.4)
+def leaves_a_session_open(self: BaseTask) -> None:
+    db = self.get_db_session()
+    db.execute(INSERT, {"organization_id": self.tenant.organization_id, "body": "never committed"})
+    time.sleep(60)
+
+
+@app.task(base=BaseTask, bind=True, soft_time_limit=0.4)
+def waits_in_the_database(self: BaseTask) -> None:
+    with self.get_db_session() as db:
+        db.execute(text("SELECT pg_sleep(60)"))
+
+
+@app.task(base=BaseTask, bind=True, soft_time_limit=0.4)
+def finishes_cleanly(self: BaseTask) -> str:
+    with self.get_db_session() as db:
+        db.execute(INSERT, {"organization_id": self.tenant.organization_id, "body": "done so far"})
+        try:
+            time.sleep(60)
+        except SoftTimeLimitExceeded:
+            db.commit()
+            return "what it has"
+    return "all"
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------

@@ -222,6 +222,29 @@ def test_the_soft_time_limit_ends_a_coroutine_and_its_transactions(
     assert name != "returns_what_it_has" or record.result == "what it has"
 
 
+@pytest.mark.parametrize("rig", ["prefork"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("sleeps_in_a_session", LIMITED),
+        ("leaves_a_session_open", LIMITED),
+        ("waits_in_the_database", LIMITED),
+        ("finishes_cleanly", ("success", None)),
+    ],
+)
+def test_the_soft_time_limit_ends_a_function_and_its_transactions(
+    rig: Rig, name: str, ending: tuple[str, str | None]
+) -> None:
+    record = rig.run(A, getattr(rig.tasks, name))
+
+    assert (record.state, record.error_type) == ending, record.traceback
+    assert record.failure_reason == ("its soft time limit was reached" if ending == LIMITED else None)
+    wait_until("its transactions to end", lambda: rig.in_transaction() == [], TIMEOUT)
+    assert "never committed" not in [body for _, body in rig.notes()]
+    assert name != "finishes_cleanly" or ("tenant-a", "done so far") in rig.notes()
+    assert rig.run(B, rig.tasks.look).result["organization"] == "tenant-b"
+
+
 # --- leaks ------------------------------------------------------------------------------------------------------
 
 

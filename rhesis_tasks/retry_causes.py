@@ -109,17 +109,29 @@ def is_transient_http_error(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later.
 
     So it is after the statuses 408, 425, 429 and 5xx but for 501 and 505, and where there was no answer, or only a part
-    of one.  Any other status is final.  It knows the exceptions of httpx, requests, aiohttp, urllib3 and urllib, and
-    others with an ``error.response.status_code``.
+    of one.  Any other status is final, and so is a certificate that is not accepted.  It knows the exceptions of httpx,
+    requests, aiohttp, urllib3 and urllib, and others with an ``error.response.status_code``.
     """
     status = _status(error)
     if status is not None:
         return status in _TRANSIENT_STATUSES
     if isinstance(error, urllib.error.URLError):
         # A text instead of an error says what is wrong with the URL.
-        return isinstance(error.reason, OSError) and not isinstance(error.reason, ssl.SSLCertVerificationError)
+        return isinstance(error.reason, OSError) and not _is_distrusted(error.reason)
     no_answer = (ConnectionError, TimeoutError, http.client.IncompleteRead, http.client.BadStatusLine)
-    return isinstance(error, no_answer) or _is_named(error, _NO_ANSWER)
+    return (isinstance(error, no_answer) or _is_named(error, _NO_ANSWER)) and not _is_distrusted(error)
+
+
+def _is_distrusted(error: BaseException) -> bool:
+    """Whether it began with a certificate; the libraries wrap that in what they raise for lost connections."""
+    each: BaseException | None = error
+    seen: set[int] = set()
+    while each is not None and id(each) not in seen:
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return True
+        seen.add(id(each))
+        each = each.__cause__ or each.__context__
+    return False
 
 
 def http_retry_after(error: BaseException) -> float | None:

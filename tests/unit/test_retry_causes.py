@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import math
+import shutil
 import socket
 import ssl
 import subprocess
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from email.message import Message
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -352,6 +354,73 @@ def test_a_url_that_is_none_is_a_defect(get: Callable[[str], None], url: str) ->
     assert not is_transient_http_error(raised(get, url))
 
 
+@pytest.fixture(scope="module")
+def distrusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service with a certificate that nobody knows."""
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("certificate")
+    request = "req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate -days 1 -subj /CN=localhost"
+    subprocess.run([program, *request.split()], cwd=folder, check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate", folder / "key")
+
+    def refuse_all(listener: socket.socket) -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                connection = listener.accept()[0]
+                with suppress(OSError), context.wrap_socket(connection, server_side=True) as secure:
+                    secure.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=refuse_all, args=(listener,))
+        thread.start()
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}/"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_certificate_that_is_not_accepted_is_final(get: Callable[[str], None], distrusted: str) -> None:
+    assert not is_transient_http_error(raised(get, distrusted))
+
+
+LIBRARIES = {
+    "httpx": (
+        "ConnectTimeout ReadTimeout WriteTimeout PoolTimeout ConnectError ReadError WriteError CloseError"
+        " RemoteProtocolError ProxyError",
+        "LocalProtocolError UnsupportedProtocol DecodingError TooManyRedirects InvalidURL",
+    ),
+    "requests.exceptions": (
+        "ConnectionError ConnectTimeout ReadTimeout ProxyError SSLError ChunkedEncodingError RetryError",
+        "TooManyRedirects MissingSchema InvalidSchema InvalidURL InvalidHeader ContentDecodingError JSONDecodeError",
+    ),
+    "aiohttp": (
+        "ServerDisconnectedError ServerTimeoutError ClientOSError ClientConnectorError ClientPayloadError",
+        "InvalidURL TooManyRedirects",
+    ),
+    "urllib3.exceptions": (
+        "ReadTimeoutError ConnectTimeoutError NewConnectionError ProtocolError IncompleteRead ProxyError MaxRetryError",
+        "LocationParseError DecodeError InvalidHeader",
+    ),
+}
+CLASSES = [
+    pytest.param(module, name, is_transient, id=f"{module}.{name}")
+    for module, names in {**LIBRARIES, "httpx2": LIBRARIES["httpx"]}.items()
+    for is_transient, each in zip((True, False), names, strict=True)
+    for name in each.split()
+]
+
+
+@pytest.mark.parametrize(("module", "name", "is_transient"), CLASSES)
+def test_each_class_of_a_library_is_judged(module: str, name: str, is_transient: bool) -> None:
+    kind = getattr(pytest.importorskip(module), name)
+    error = kind.__new__(kind)
+    error.response = error.status = None
+
+    assert is_transient_http_error(error) is is_transient
+
+
 class Answer:
     """As the answer of a library that does not exist."""
 
@@ -374,6 +443,7 @@ class Refused(Exception):
         pytest.param(Refused(Answer(404)), False, id="which was final"),
         pytest.param(Refused(None), False, id="no answer"),
         pytest.param(Refused(Answer("503")), False, id="a status that is none"),
+        pytest.param(Refused(Answer([503])), False, id="a status that is many"),
         pytest.param(urllib.error.URLError(TimeoutError()), True, id="urllib, time-out"),
         pytest.param(urllib.error.URLError(socket.gaierror()), True, id="urllib, no such name for now"),
         pytest.param(urllib.error.URLError(ssl.SSLCertVerificationError()), False, id="urllib, certificate"),
@@ -486,6 +556,17 @@ def test_how_long_an_answer_asks_to_wait(headers: dict[str, str], seconds: float
     asked = http_retry_after(answered(**headers))
 
     assert asked == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_date_without_a_zone_is_that_of_greenwich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert http_retry_after(answered(Retry_After="Tue Nov 14 22:14:20 2023")) == 60.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_limits_reset_says_nothing_about_another_status_than_429() -> None:

@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from celery._state import get_current_task
 from celery.app.task import Context
 from celery.backends.database import DatabaseBackend
 from celery.canvas import maybe_signature
-from celery.exceptions import ChordError, TaskRevokedError, TimeoutError
+from celery.exceptions import BackendStoreError, ChordError, TaskRevokedError, TimeoutError
 from celery.result import GroupResult, result_from_tuple
 from kombu.exceptions import OperationalError
 from kombu.utils.encoding import ensure_bytes
@@ -42,7 +42,10 @@ WANTED_FOR: Final = 30.0
 """Seconds for which a task's end is notified after somebody has begun to wait for it, or has gone on to."""
 
 _NO_TENANT: Final = ""
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 2.0  #: seconds between two looks whether a server is back
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class PostgresBackend(DatabaseBackend):
@@ -237,6 +240,23 @@ class PostgresBackend(DatabaseBackend):
         if known is not None and stays is not None:
             known.is_cancelled = state == "STARTED" and stays in (State.REVOKED, State.EXPIRED)
             known.is_superseded = transition.target in TERMINAL and stays in TERMINAL
+
+    def store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Celery's; a worker waits for the database, since nobody else knows what becomes of its task.
+
+        Whatever it raised then, Celery would acknowledge the message.
+        """
+        store = functools.partial(super().store_result, task_id, result, state, traceback, request=request, **kwargs)
+        waits = request is not None and to_celery(by_celery(state).target) == state  # not for a body's own states
+        return _outlasting(store, task_id) if waits else store()
 
     def store_progress(self, task_id: str, progress: Progress | None) -> bool:
         """Record how far one of the active tenant's running tasks is; None changes nothing.
@@ -489,15 +509,19 @@ class PostgresBackend(DatabaseBackend):
         self.records.size_chord(_organization(owner), chord_id, None, added=1)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
-        """Called when a part has ended; the last one launches the body."""
+        """Called when a part has ended; the last one launches the body, once the broker is there."""
         group_id = request.group
         if not group_id or not request.id:
             return
         body = maybe_signature(request.chord, app=self.app)
         owner = _owner_of_chord(body)
         part = ChordPart(request.id, state, ensure_bytes(self.encode(self.encode_result(result, state))))
-        if self.records.end_chord_part(_organization(owner), group_id, part, request.group_index):
-            self._complete_chord(owner, group_id, body)
+
+        def end() -> None:
+            if self.records.end_chord_part(_organization(owner), group_id, part, request.group_index):
+                self._complete_chord(owner, group_id, body)
+
+        _outlasting(end, request.id)
 
     def _complete_chord(self, owner: TenantContext | None, group_id: str, body: Any) -> None:
         with self.records.completing_chord(_organization(owner), group_id) as parts, exactly(owner):
@@ -512,7 +536,7 @@ class PostgresBackend(DatabaseBackend):
             try:
                 body.delay(results)
             except OperationalError:
-                raise  # the broker's: the part's message comes back, and tries again
+                raise  # the broker's, which is waited for
             except Exception as error:
                 _log.exception("chord %s: its body cannot be launched", group_id)
                 self._fail_chord(body, ChordError(f"Callback error: {error!r}"))
@@ -559,6 +583,28 @@ class PostgresBackend(DatabaseBackend):
         before = datetime.datetime.now(datetime.UTC) - self.expires
         while self.records.expire(before):
             pass
+
+
+def _outlasting(write: Callable[[], T], task_id: str) -> T:
+    """Call it until the servers that it needs can be reached.
+
+    If the process is ended meanwhile, the task's message has not been acknowledged, and comes again.
+    """
+    pause, was_lost = _FIRST_PAUSE, False
+    while True:
+        try:
+            return write()
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, BackendStoreError) and error.__cause__ else error
+            is_away = isinstance(cause, OperationalError | DatabaseUnavailableError)
+            # A connection that is lost once more, to a server that can be reached, is lost because of what is written.
+            if not is_away and (was_lost or not is_lost(cause)):
+                raise
+            if pause == _FIRST_PAUSE:
+                _log.warning("what became of task %s is said once the server is back: %r", task_id, cause)
+            was_lost = not is_away
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _heard(

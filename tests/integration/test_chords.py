@@ -504,23 +504,37 @@ def test_a_part_that_is_delivered_twice_is_counted_once(app: Celery, published: 
     assert (before, published) == ([], ["total"])
 
 
-def test_a_body_that_could_not_be_published_is_published_by_the_part_that_comes_again(
+def test_a_body_is_published_once_the_broker_can_be_reached(
     app: Celery, published: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = begun(app, 2)
-    app.backend.on_chord_part_return(first, "SUCCESS", 1)
+    [part] = begun(app, 1)
+    publish, attempts = app.send_task, iter([OperationalError("no broker"), OperationalError("no broker")])
 
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise OperationalError("no broker")
+    def sometimes_unreachable(*args: Any, **options: Any) -> Any:
+        for error in attempts:
+            raise error
+        return publish(*args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(app, "send_task", unreachable)
-        with pytest.raises(OperationalError):
-            app.backend.on_chord_part_return(second, "SUCCESS", 2)
-    before = list(published)
-    app.backend.on_chord_part_return(second, "SUCCESS", 2)
+    monkeypatch.setattr(app, "send_task", sometimes_unreachable)
 
-    assert (before, published) == ([], ["total"])
+    app.backend.on_chord_part_return(part, "SUCCESS", 1)
+    app.backend.on_chord_part_return(part, "SUCCESS", 1)
+
+    assert published == ["total"]
+
+
+def test_a_body_that_can_never_be_published_fails_with_the_reason(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    [part] = begun(app, 1)
+
+    def impossible(*_: Any, **__: Any) -> None:
+        raise ValueError("it is too large")
+
+    monkeypatch.setattr(app, "send_task", impossible)
+
+    app.backend.on_chord_part_return(part, "SUCCESS", 1)
+
+    with tenant_scope(A), pytest.raises(ChordError, match="it is too large"):
+        app.AsyncResult(part.chord["options"]["task_id"]).get(timeout=TIMEOUT)
 
 
 def test_parts_are_not_complete_while_it_is_not_known_how_many_there_are(app: Celery, published: list[str]) -> None:

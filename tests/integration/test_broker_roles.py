@@ -385,6 +385,13 @@ def test_a_worker_with_a_login_that_only_launches_ends_with_the_remedy(logins: L
 # --- functions that run as the owner -----------------------------------------------------------------------------
 
 
+def test_no_function_that_forgoes_scans_is_compiled_at_each_call(logins: Logins) -> None:
+    assert logins.owned(
+        "SELECT proname::text FROM pg_proc WHERE pronamespace = 'rhesis_tasks'::regnamespace "
+        "AND 'enable_seqscan=off' = ANY (proconfig) AND NOT 'jit=off' = ANY (proconfig)"
+    ) == []  # fmt: skip
+
+
 def test_every_function_runs_with_a_search_path_of_its_own(logins: Logins) -> None:
     assert logins.owned(
         "SELECT proname::text, proconfig FROM pg_proc WHERE pronamespace = 'rhesis_tasks'::regnamespace "

@@ -2,6 +2,9 @@
 --
 -- They run as the owner of the tables, with a search_path that nobody else can put anything into.  Seconds are
 -- double precision.
+--
+-- Where a function forgoes sequential scans, the planner gives those that are left a fantastic cost, and JIT would
+-- compile them at each call, for a tenth of a second and longer.
 
 -- The first half of a consumer's advisory lock: a number that is this schema's own within the database.
 CREATE OR REPLACE FUNCTION @schema@.lock_class() RETURNS integer
@@ -287,7 +290,7 @@ CREATE OR REPLACE FUNCTION @schema@.claim(
     take_slots integer
 ) RETURNS TABLE (id bigint, queue text, token bigint, deliveries integer, rank bigint, envelope text, body bytea)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS $$
+SET jit = off SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS $$
 DECLARE
     from_queue text;
     found_rows integer;
@@ -339,7 +342,7 @@ $$;
 -- Acknowledge what was done; returns the claims that were no longer the messages', and whether these are still there.
 CREATE OR REPLACE FUNCTION @schema@.ack(acked bigint[], tokens bigint[])
 RETURNS TABLE (id bigint, token bigint, is_there boolean)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
     WITH gone AS (
         DELETE FROM @schema@.message m WHERE m.id = ANY (acked) AND m.claim_token = ANY (tokens)
         RETURNING m.claim_token)
@@ -349,7 +352,7 @@ $$;
 
 -- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered.  Returns how many.
 CREATE OR REPLACE FUNCTION @schema@.release(ids bigint[], tokens bigint[], uncounted boolean) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
     released   integer := 0;
@@ -369,7 +372,7 @@ $$;
 
 -- Give back what consumers hold.  Index: message_held.
 CREATE OR REPLACE FUNCTION @schema@.release_held(consumer_ids integer[], uncounted boolean) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
     released   integer := 0;
@@ -396,7 +399,7 @@ $$;
 
 -- Give back what a consumer holds under other claims than these, and return those of them that it still holds.
 CREATE OR REPLACE FUNCTION @schema@.agree(consumer_id integer, tokens bigint[]) RETURNS SETOF bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
 BEGIN
@@ -440,7 +443,7 @@ $$;
 -- Returns whether the caller was known, whether this session holds its lock, and in how many seconds to call again.
 CREATE OR REPLACE FUNCTION @schema@.keep(consumer_id integer, grace double precision)
 RETURNS TABLE (known boolean, locked boolean, again_in double precision)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     class   integer := @schema@.lock_class();
     me      @schema@.consumer;

@@ -14,7 +14,7 @@ from celery import Celery, chain, group
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from kombu.utils.uuid import uuid
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from rhesis_tasks import BaseTask, TenantContext, tenant_scope
 from rhesis_tasks.errors import MissingTenantError, NotSupportedError
@@ -399,6 +399,31 @@ def test_lists_and_cancelling_read_by_their_indexes(
     assert rows_read(superuser, tenant_database, "task_record", cancel, 12) <= 12 * 2
 
 
+def test_a_task_of_a_new_table_is_looked_up_by_its_key(
+    app: Celery, tenant_database: TenantDatabase, superuser: Engine
+) -> None:
+    """Planned while the table was empty, and not analyzed since."""
+    with superuser.connect() as connection:
+        look_up = f"SELECT * FROM rhesis_tasks.record_of('acme', '{7}')"
+        connection.exec_driver_sql("ALTER TABLE rhesis_tasks.task_record SET (autovacuum_enabled = off)")
+        for _ in range(10):
+            connection.exec_driver_sql(look_up).all()
+        connection.exec_driver_sql(
+            "INSERT INTO rhesis_tasks.task_record (organization_id, task_id, state, root_id) "
+            "SELECT 'acme', n::text, 'queued', n::text FROM generate_series(1, 10000) n"
+        )
+        before = fetched(connection)
+        connection.exec_driver_sql(look_up).all()
+
+        assert fetched(connection) - before <= 2
+
+
+def fetched(connection: Connection) -> int:
+    """How many rows of task_record this transaction has read by an index."""
+    query = "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'task_record'"
+    return int(connection.exec_driver_sql(query).scalar_one())
+
+
 def rows_read(superuser: Engine, database: TenantDatabase, table: str, call: str, times: int) -> int:
     """How many rows of a table so many calls read, of which the later ones may have other plans than the first."""
     with superuser.connect() as connection:
@@ -564,7 +589,7 @@ AS_IN_VERSION_2 = (
     "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc "
     "WHERE pronamespace = 'rhesis_tasks'::regnamespace AND (proname ~ '^(record|group|result|chord)_' "
     "OR proname = 'records_of') LOOP EXECUTE 'DROP FUNCTION ' || f; END LOOP; END $$",
-    "DROP INDEX rhesis_tasks.task_record_launched_at, rhesis_tasks.task_record_root_id, rhesis_tasks.message_task_id",
+    "DROP INDEX rhesis_tasks.task_record_launched_at, rhesis_tasks.task_record_root, rhesis_tasks.message_task_id",
     "UPDATE rhesis_tasks.schema_version SET version = 2",
     "INSERT INTO rhesis_tasks.task_record (organization_id, task_id, name, state, result, finished_at) VALUES "
     "('acme', 'done', 'work', 'success', '42', now()), ('acme', 'waiting', 'work', 'queued', NULL, NULL)",

@@ -167,7 +167,7 @@ END
 $$;
 
 -- Tasks of an organization, the latest first, from a place on: that of the last one seen.
--- Index: task_record_launched_at, or task_record_root_id.
+-- Index: task_record_launched_at, or task_record_root.
 CREATE OR REPLACE FUNCTION @schema@.records_of(
     its_organization text, its_states text[], its_name text, its_root text, launched_from timestamptz,
     launched_before timestamptz, after_time timestamptz, after_id text, up_to integer

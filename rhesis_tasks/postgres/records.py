@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sqlalchemy import Connection, CursorResult, Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 
 from ..errors import DatabaseUnavailableError, MissingPrivilegeError
@@ -27,6 +27,11 @@ __all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "i
 
 ATTEMPTS: Final = 4
 """How often a statement is tried on a connection that may be lost."""
+
+_CHANGE_OF_PART: Final = (
+    "SELECT is_last, CASE WHEN NOT is_last THEN {schema}.record_state(" + ", ".join(["%s"] * 25) + ") END AS stays "
+    "FROM (SELECT {schema}.chord_part_ended(%s, %s, %s, %s, %s, %s) AS is_last OFFSET 0) part"
+)
 
 _ready: set[tuple[str, str]] = set()  # (URL, schema) whose tables were seen by this process
 
@@ -107,6 +112,23 @@ class Filter:
     launched_before: datetime.datetime | None = None
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class EndedPart:
+    """A part of a chord that has ended."""
+
+    organization_id: str  #: the chord's
+    group_id: str
+    task_id: str
+    position: int | None
+    state: str  #: Celery's
+    result: bytes | None
+    is_last: bool = False  #: whether all have; known once it is stored
+
+    def values(self) -> tuple[Any, ...]:
+        """What ``chord_part_ended`` takes."""
+        return self.organization_id, self.group_id, self.task_id, self.position, self.state, self.result
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChordPart:
     """What one part of a chord has returned."""
@@ -128,6 +150,7 @@ class RecordTable:
         self.url = url
         self.schema = schema
         self._prefix = f"SELECT * FROM {quote_identifier(schema)}."  # noqa: S608
+        self._change_of_part = _CHANGE_OF_PART.format(schema=quote_identifier(schema))
 
     # --- tasks -------------------------------------------------------------------------------------------------
 
@@ -151,45 +174,50 @@ class RecordTable:
         """Take back a launch, unless a worker has the task all the same."""
         self._scalar("record_discard", (organization_id, task_id, _values(WAITING)))
 
-    def change(self, organization_id: str, change: StateChange, *, is_trusted: bool = True) -> str | None:
+    def change(
+        self, organization_id: str, change: StateChange, *, is_trusted: bool = True, part: EndedPart | None = None
+    ) -> str | None:
         """Move a task; None, or the state that it stays in (``gone`` where it has no record any more).
 
         Args:
             organization_id: whose the record is.
             change: what is known of it.
             is_trusted: whether it may take the place of what is known of the task.
+            part: stored in the same commit; if it turns out to be the last one, then nothing else is.
         """
         target = change.transition.target
-        stays: str | None = self._scalar(
-            "record_state",
-            (
-                organization_id,
-                change.task_id,
-                change.user_id,
-                change.name,
-                target.value,
-                change.custom_state,
-                change.retries,
-                change.root_id,
-                change.parent_id,
-                change.queue,
-                change.worker,
-                change.result,
-                change.children,
-                change.args,
-                change.kwargs,
-                change.error_type,
-                change.error_message,
-                change.traceback,
-                change.failure_reason,
-                change.progress_done,
-                change.progress_total,
-                change.progress_message,
-                target is State.STARTED,
-                target not in UNFINISHED,
-                _values(change.transition.sources) if is_trusted else [],
-            ),
+        values = (
+            organization_id,
+            change.task_id,
+            change.user_id,
+            change.name,
+            target.value,
+            change.custom_state,
+            change.retries,
+            change.root_id,
+            change.parent_id,
+            change.queue,
+            change.worker,
+            change.result,
+            change.children,
+            change.args,
+            change.kwargs,
+            change.error_type,
+            change.error_message,
+            change.traceback,
+            change.failure_reason,
+            change.progress_done,
+            change.progress_total,
+            change.progress_message,
+            target is State.STARTED,
+            target not in UNFINISHED,
+            _values(change.transition.sources) if is_trusted else [],
         )
+        if part is None:
+            stays: str | None = self._scalar("record_state", values)
+            return stays
+        [row] = self._rows(self._change_of_part, (*values, *part.values()))
+        part.is_last, stays = row["is_last"], row["stays"]
         return stays
 
     def progress(
@@ -267,10 +295,9 @@ class RecordTable:
         """Say how many parts a chord has, or how many its parts have added."""
         self._scalar("chord_size", (organization_id, group_id, size, added))
 
-    def end_chord_part(self, organization_id: str, group_id: str, part: ChordPart, position: int | None) -> bool:
+    def end_chord_part(self, part: EndedPart) -> bool:
         """Store what a part has returned; whether all have."""
-        values = (organization_id, group_id, part.task_id, position, part.state, part.result)
-        return bool(self._scalar("chord_part_ended", values))
+        return bool(self._scalar("chord_part_ended", part.values()))
 
     @contextmanager
     def completing_chord(self, organization_id: str, group_id: str) -> Iterator[list[ChordPart]]:
@@ -281,7 +308,8 @@ class RecordTable:
         with self._connection() as connection:
             connection.exec_driver_sql("BEGIN")
             try:
-                rows = self._on(connection, "chord_complete", (organization_id, group_id))
+                values = (organization_id, group_id)
+                rows = connection.exec_driver_sql(self._statement("chord_complete", values), values)
                 yield [ChordPart(**row) for row in rows.mappings()]
                 connection.exec_driver_sql("COMMIT")
             except BaseException:
@@ -299,7 +327,13 @@ class RecordTable:
         return next(iter(rows[0].values())) if rows else None
 
     def _call(self, function: str, values: Sequence[Any], attempts: int = ATTEMPTS) -> list[dict[str, Any]]:
-        """The rows of one call, in a transaction of its own; tried again if the connection was lost.
+        return self._rows(self._statement(function, values), values, attempts)
+
+    def _statement(self, function: str, values: Sequence[Any]) -> str:
+        return f"{self._prefix}{function}({', '.join(['%s'] * len(values))})"
+
+    def _rows(self, statement: str, values: Sequence[Any], attempts: int = ATTEMPTS) -> list[dict[str, Any]]:
+        """What one statement returns, in a transaction of its own; tried again if the connection was lost.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached, or is read-only.
@@ -308,16 +342,12 @@ class RecordTable:
         for attempt in range(attempts):
             try:
                 with self._connection() as connection:
-                    return [dict(row) for row in self._on(connection, function, values).mappings()]
+                    return [dict(row) for row in connection.exec_driver_sql(statement, tuple(values)).mappings()]
             except Exception as error:
                 if attempt == attempts - 1 or not is_lost(error):
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")
-
-    def _on(self, connection: Connection, function: str, values: Sequence[Any]) -> CursorResult[Any]:
-        placeholders = ", ".join(["%s"] * len(values))
-        return connection.exec_driver_sql(f"{self._prefix}{function}({placeholders})", tuple(values))
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:

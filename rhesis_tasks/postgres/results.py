@@ -33,7 +33,7 @@ from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, by_celery, expire, to_celery
 from .launching import Launch, launching
-from .records import ChordPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
+from .records import ChordPart, EndedPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
 from .waiting import listener_for
 
 __all__ = ["PostgresBackend", "TaskRecord"]
@@ -187,9 +187,14 @@ class PostgresBackend(DatabaseBackend):
         state: str,
         traceback: str | None = None,
         request: Any = None,
+        part: EndedPart | None = None,
         **_: Any,
     ) -> None:
-        """The outcome of an attempt, in one upsert that leaves the columns of the launch alone."""
+        """The outcome of an attempt, in one upsert that leaves the columns of the launch alone.
+
+        Args:
+            part: of a chord, which has ended; if it is the last one, its chord is to be completed before.
+        """
         known = None if request is None else state_of(request)
         is_unsigned = known is not None and isinstance(known.refusal, SignatureError)
         if is_unsigned and state not in self.READY_STATES:
@@ -236,6 +241,7 @@ class PostgresBackend(DatabaseBackend):
             ),
             # What anybody may have sent, under whatever id, takes the place of no record.
             is_trusted=not is_unsigned,
+            part=part,
         )
         if known is not None and stays is not None:
             known.is_cancelled = state == "STARTED" and stays in (State.REVOKED, State.EXPIRED)
@@ -270,15 +276,21 @@ class PostgresBackend(DatabaseBackend):
     def mark_as_done(
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = "SUCCESS"
     ) -> None:
-        """As Celery's, but a chord hears of it first.
+        """As Celery's, but a chord hears of it in the same commit, and its last part launches the body before.
 
         What is known to have succeeded is not run again if its process is lost then, and nobody would tell the chord.
         """
+        stores = store_result and not getattr(request, "ignore_result", False)
+        if stores and request is not None and request.chord:
+            part = self._part_of(request, state, result)
+            self.store_result(task_id, result, state, request=request, part=part)
+            if part is not None and not part.is_last:
+                return
         try:
             if request is not None and request.chord:
                 self.on_chord_part_return(request, state, result)
         finally:
-            if store_result and not getattr(request, "ignore_result", False):
+            if stores:
                 self.store_result(task_id, result, state, request=request)
 
     def mark_as_failure(
@@ -510,18 +522,23 @@ class PostgresBackend(DatabaseBackend):
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
         """Called when a part has ended; the last one launches the body, once the broker is there."""
-        group_id = request.group
-        if not group_id or not request.id:
+        part = self._part_of(request, state, result)
+        if part is None:
             return
         body = maybe_signature(request.chord, app=self.app)
-        owner = _owner_of_chord(body)
-        part = ChordPart(request.id, state, ensure_bytes(self.encode(self.encode_result(result, state))))
 
         def end() -> None:
-            if self.records.end_chord_part(_organization(owner), group_id, part, request.group_index):
-                self._complete_chord(owner, group_id, body)
+            if self.records.end_chord_part(part):
+                self._complete_chord(_owner_of_chord(body), part.group_id, body)
 
         _outlasting(end, request.id)
+
+    def _part_of(self, request: Any, state: str, result: Any) -> EndedPart | None:
+        if not request.group or not request.id:
+            return None
+        owner = _owner_of_chord(maybe_signature(request.chord, app=self.app))
+        payload = ensure_bytes(self.encode(self.encode_result(result, state)))
+        return EndedPart(_organization(owner), request.group, request.id, request.group_index, state, payload)
 
     def _complete_chord(self, owner: TenantContext | None, group_id: str, body: Any) -> None:
         with self.records.completing_chord(_organization(owner), group_id) as parts, exactly(owner):

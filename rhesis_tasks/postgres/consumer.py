@@ -36,6 +36,8 @@ _LOOKS_FOR_TAKING: Final = (0.0,)
 # If nobody comes for messages (the worker is busy itself, or shuts down), the listener acknowledges after so long.
 _UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
+# If no more may be held, the next acknowledgement makes us look; until then only for what is taken for good.
+_PAUSE_WHEN_FULL: Final = 0.05
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 
@@ -355,21 +357,24 @@ class Consumer:
 
     def _groups(self) -> list[tuple[list[Subscription], int]]:
         """The subscriptions that share a limit and may hold more messages, and how many more."""
-        groups: dict[Hashable, list[Subscription]] = {}
-        for subscription in self._subscriptions.values():
-            if not subscription.no_ack:
-                groups.setdefault(subscription.group, []).append(subscription)
-        ahead = Counter(each.subscription.group for each in self._buffer if not each.subscription.no_ack)
         found = []
-        for group, subscriptions in groups.items():
-            free = self._free(group)
-            slots = BATCH if free is None else min(BATCH, free - ahead[group])
+        for group, slots in self._room().items():
+            subscriptions = [each for each in self._subscriptions.values() if not each.no_ack and each.group == group]
             if slots > 0:
                 found.append((subscriptions, slots))
                 if len(subscriptions) > 1:  # the next time another queue comes first
                     first = subscriptions[0].tag
                     self._subscriptions[first] = self._subscriptions.pop(first)
         return found
+
+    def _room(self) -> dict[Hashable, int]:
+        """How many more messages those who share a limit may hold."""
+        ahead = Counter(each.subscription.group for each in self._buffer if not each.subscription.no_ack)
+        room = {}
+        for group in {each.group: None for each in self._subscriptions.values() if not each.no_ack}:
+            free = self._free(group)
+            room[group] = BATCH if free is None else min(BATCH, free - ahead[group])
+        return room
 
     def _schedule(self, taken_from: set[str], claimed_from: set[str], full: bool) -> None:
         """Ask to be notified, and decide when to look again.
@@ -380,7 +385,7 @@ class Consumer:
         """
         if full:
             self._looks.clear()
-            pause = 0.0
+            pause = 0.0 if any(slots > 0 for slots in self._room().values()) else _PAUSE_WHEN_FULL
         elif not self._listener.listening:
             pause = 0.0 if self._buffer else min(self._poll_interval, _POOLED_POLL_INTERVAL)
         else:

@@ -1168,6 +1168,23 @@ def test_a_consumer_holds_no_more_than_its_limit(queue: MessageQueue, worker: St
     assert one.next(timeout=0) is None
 
 
+def test_a_consumer_that_is_busy_asks_once_for_each_message(queue: MessageQueue, worker: StartWorker) -> None:
+    publish(queue, "a", 20)
+    one = worker({"channel": 2})
+    one.consume("a")
+    held = [one.next(), one.next()]
+    before = one.work.calls["claim"]
+
+    for _ in range(10):
+        done = held.pop(0)
+        assert done is not None
+        one.ack(done)
+        held.append(one.next())
+
+    # A busy machine may let it look in between.
+    assert one.work.calls["claim"] - before <= 15
+
+
 def test_two_queues_of_one_group_share_its_limit_and_take_turns(queue: MessageQueue, worker: StartWorker) -> None:
     for name in ("a", "b"):
         publish(queue, name, 4)

@@ -405,6 +405,21 @@ def test_on_interval_is_called_while_it_waits_and_asks_nothing_of_the_database(
     assert len(statements) <= 6, statements
 
 
+def test_on_interval_takes_a_tenth_of_the_time_at_most(app: Celery) -> None:
+    """Celery's looks at each part of a chord whose body is waited for."""
+    task_id = launched(app)
+    calls: list[float] = []
+
+    def take_long() -> None:
+        calls.append(time.monotonic())
+        time.sleep(0.1)
+
+    with tenant_scope(ACME), pytest.raises(TimeoutError):
+        app.backend.wait_for(task_id, timeout=1.6, interval=0.1, on_interval=take_long)
+
+    assert len(calls) == 2
+
+
 def test_who_waits_for_a_chain_hears_of_its_first_tasks_failure(app: Celery) -> None:
     first, last = launched(app), launched(app)
     with tenant_scope(ACME), ThreadPoolExecutor(1) as pool:

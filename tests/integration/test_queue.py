@@ -1180,6 +1180,7 @@ def test_a_consumer_that_is_busy_asks_once_for_each_message(queue: MessageQueue,
         assert done is not None
         one.ack(done)
         held.append(one.next())
+        assert one.next(timeout=0) is None  # as a transport asks, until there is no more
 
     # A busy machine may let it look in between.
     assert one.work.calls["claim"] - before <= 15

@@ -72,7 +72,7 @@ BEGIN
     PERFORM set_config('@setting@', its_organization, true);
     IF NOT is_finished THEN
         PERFORM set_config('synchronous_commit', 'off', true);  -- lost in a crash, it is written again by the next run
-    END IF;
+    END IF;  -- (How a task has ended is not to be lost, though its message came again: somebody may have read it.)
     INSERT INTO @schema@.task_record AS r
         (organization_id, task_id, user_id, name, state, custom_state, retries, root_id, parent_id, queue, worker,
          result, children, args, kwargs, error_type, error_message, traceback, failure_reason,

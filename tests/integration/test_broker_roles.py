@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
 import secrets
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from commands import Ran, ran
 from kombu import Exchange, Producer, Queue
 from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine, create_engine, text
@@ -700,16 +699,9 @@ def test_records_of_version_1_can_be_read_after_the_upgrade(version_1: TenantDat
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str, url: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``rhesis-tasks schema ...`` in a process of its own."""
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("rhesis-tasks")), "schema", *arguments],
-        env={**os.environ, **({"DATABASE_URL": url} if url else {}), **environment},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+def command(*arguments: str, url: str | None = None, **environment: str) -> Ran:
+    """``rhesis-tasks schema ...``."""
+    return ran("schema", *arguments, **({"DATABASE_URL": url} if url else {}), **environment)
 
 
 def run_by_psql(url: str, sql: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -738,14 +730,14 @@ def test_the_command_creates_shows_and_prints(empty_database: TenantDatabase) ->
     printed = command("sql", "--role", empty_database.role)
 
     current = f"schema 'rhesis_tasks': version {VERSION} (version {VERSION} is needed)\n"
-    assert (missing.returncode, missing.stdout) == (
+    assert (missing.code, missing.output) == (
         1,
         f"schema 'rhesis_tasks': no tables of rhesis-tasks (version {VERSION} is needed)\n",
     )
     for done in (created, again, found):
-        assert (done.returncode, done.stdout, done.stderr) == (0, current, "")
-    assert (printed.returncode, printed.stderr) == (0, "")
-    assert schema_sql(roles=[empty_database.role]) in printed.stdout
+        assert (done.code, done.output, done.errors) == (0, current, "")
+    assert (printed.code, printed.errors) == (0, "")
+    assert schema_sql(roles=[empty_database.role]) in printed.output
     made = contents(empty_database)
     create_schema(empty_database.owner, schema="jobs", roles=[empty_database.role])
     assert made == contents(empty_database, "jobs")
@@ -758,18 +750,18 @@ def test_the_command_upgrades_the_schema_that_the_environment_names(version_1: T
     upgraded = command("create", url=url, RHESIS_TASKS_SCHEMA="jobs")
     new = command("status", "--schema", "jobs", "--database-url", url)
 
-    assert (old.returncode, old.stdout) == (1, f"schema 'jobs': version 1 (version {VERSION} is needed)\n")
-    assert (upgraded.returncode, new.returncode) == (0, 0)
+    assert (old.code, old.output) == (1, f"schema 'jobs': version 1 (version {VERSION} is needed)\n")
+    assert (upgraded.code, new.code) == (0, 0)
     assert versions(version_1, "jobs") == [1, VERSION]
 
 
 def test_the_printed_sql_makes_what_the_command_makes(empty_database: TenantDatabase) -> None:
     roles = ("--role", empty_database.role, "--web-role", empty_database.role)
     printed = command("sql", *roles, "--schema", "printed")
-    assert command("create", *roles, "--schema", "made", url=empty_database.owner_url).returncode == 0
+    assert command("create", *roles, "--schema", "made", url=empty_database.owner_url).code == 0
 
     for _ in range(2):
-        done = run_by_psql(empty_database.owner_url, printed.stdout, "--set", "ON_ERROR_STOP=1")
+        done = run_by_psql(empty_database.owner_url, printed.output, "--set", "ON_ERROR_STOP=1")
         assert (done.returncode, done.stderr.count("ERROR")) == (0, 0), done.stderr
 
     assert contents(empty_database, "printed") == contents(empty_database, "made")
@@ -785,7 +777,7 @@ def test_the_printed_sql_leaves_a_newer_version_alone_as_psql_runs_it_by_default
     )
     before = contents(tenant_database)
 
-    done = run_by_psql(tenant_database.owner_url, command("sql").stdout)
+    done = run_by_psql(tenant_database.owner_url, command("sql").output)
 
     assert "newer version" in done.stderr
     assert contents(tenant_database) == before
@@ -839,19 +831,19 @@ def test_the_command_says_what_is_wrong_and_changes_nothing(
 
     done = command(*arguments(tenant_database))
 
-    assert (done.returncode, done.stdout) == (code, "")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "secret" not in done.stderr
+    assert (done.code, done.output) == (code, "")
+    assert message in done.errors
+    assert "Traceback" not in done.errors
+    assert "secret" not in done.errors
     password = database_url(tenant_database.owner_url).password
-    assert password is not None and str(password) not in done.stderr
+    assert password is not None and str(password) not in done.errors
     assert contents(tenant_database) == before
 
 
 def test_the_command_does_nothing_by_halves(empty_database: TenantDatabase) -> None:
     done = command("create", "--role", "nobody_at_all", url=empty_database.owner_url)
 
-    assert done.returncode == 1
+    assert done.code == 1
     assert contents(empty_database) == []
 
 
@@ -861,9 +853,9 @@ def test_the_command_refuses_tables_of_a_newer_version(tenant_database: TenantDa
     done = command("create", url=tenant_database.owner_url)
     shown = command("status", url=tenant_database.owner_url)
 
-    assert done.returncode == 1
-    assert f"newer version than {VERSION}: upgrade rhesis-tasks" in done.stderr
-    assert (shown.returncode, shown.stdout) == (
+    assert done.code == 1
+    assert f"newer version than {VERSION}: upgrade rhesis-tasks" in done.errors
+    assert (shown.code, shown.output) == (
         1,
         f"schema 'rhesis_tasks': version {VERSION + 1} (version {VERSION} is needed)\n",
     )

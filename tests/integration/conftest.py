@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -63,10 +64,20 @@ class Notes:
 def postgres_url(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[str]:
     """The library's fixture; with servers.ON_BOTH_SERVERS one of two servers."""
     if getattr(request, "param", "embedded") == "embedded":
+        if not os.environ.get("RHESIS_TASKS_TEST_DATABASE_URL"):
+            _write_to_no_disk(postgres_url)
         yield postgres_url
         return
     with running_server() as server:
         yield server.url
+
+
+def _write_to_no_disk(url: str) -> None:
+    """As the other server (broker_rig): the machine survives these tests, and each of many databases is dropped."""
+    engine = create_engine(database_url(url), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from rhesis_tasks.postgres.engines import shared_engine
 from rhesis_tasks.rls import enable_rls
 from rhesis_tasks.sessions import sessions_of
 from rhesis_tasks.settings import database_url, quote_identifier
-from rhesis_tasks.testing import TenantDatabase
+from rhesis_tasks.testing import TenantDatabase, new_tenant_database
 
 ENVIRONMENT = ("DATABASE_URL", "BROKER_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "RHESIS_TASKS_SCHEMA")
 
@@ -78,6 +78,43 @@ def _write_to_no_disk(url: str) -> None:
     with engine.connect() as connection:
         connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
         connection.exec_driver_sql("SELECT pg_reload_conf()")
+
+
+@pytest.fixture(scope="module")
+def database_of_the_module(postgres_url: str) -> Iterator[TenantDatabase]:
+    with new_tenant_database(postgres_url) as database:
+        yield database
+
+
+@pytest.fixture
+def emptied_database(database_of_the_module: TenantDatabase) -> Iterator[TenantDatabase]:
+    """As tenant_database, but the module's only one, emptied after each test, which takes a tenth of the time.
+
+    For modules whose tests make tables, and leave roles and the library's tables as they are: nothing else is undone.
+    """
+    database = database_of_the_module
+    yield database
+    role, owner = quote_identifier(database.role), database.owner.url
+    admin = create_engine(database.admin.url.set(database=owner.database), poolclass=NullPool)
+    with admin.begin() as connection:
+        connection.exec_driver_sql(EMPTY, execution_options={"no_parameters": True})
+        connection.exec_driver_sql(f"ALTER ROLE {role} NOSUPERUSER NOBYPASSRLS")
+
+
+EMPTY = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid();
+DO $$
+DECLARE name text;
+BEGIN
+    FOR name IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^(pg_|information_schema$|rhesis_tasks$)' LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', name);
+    END LOOP;
+END
+$$;
+CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+GRANT USAGE ON SCHEMA public TO PUBLIC;
+"""
 
 
 @pytest.fixture

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 
 pytestmark = ON_BOTH_SERVERS
 
+
+@pytest.fixture
+def tenant_database(emptied_database: TenantDatabase) -> TenantDatabase:
+    return emptied_database
+
+
 SEEN = text("SELECT body FROM note ORDER BY body")
 SHOWN = ("transaction_read_only", "transaction_isolation", "statement_timeout", "lock_timeout", "role")
 SHOW = text(f"SELECT {', '.join(f'current_setting({name!r})' for name in SHOWN)}")

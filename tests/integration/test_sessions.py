@@ -30,6 +30,7 @@ from rhesis_tasks.processes import child, free_port, python, wait_until
 from rhesis_tasks.rls import ORGANIZATION_SETTING
 from rhesis_tasks.sessions import TenantSession, sessions_of
 from rhesis_tasks.settings import database_url, quote_identifier
+from rhesis_tasks.testing import TenantDatabase
 
 if TYPE_CHECKING:
     from conftest import MakeApp, Notes
@@ -39,6 +40,11 @@ SETTINGS = text(
     "SELECT current_setting('app.current_organization', true), current_setting('app.current_user', true), "
     "current_setting('app.current_project', true)"
 )
+
+
+@pytest.fixture
+def tenant_database(emptied_database: TenantDatabase) -> TenantDatabase:
+    return emptied_database
 
 
 def terminate_backend(superuser: Engine, pid: int) -> None:

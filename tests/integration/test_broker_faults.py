@@ -64,6 +64,7 @@ def pass_time(seconds: float) -> None:
 # --- workers are killed --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest_only
 def test_what_killed_workers_held_is_done_by_another_within_seconds(rig: Rig) -> None:
     """At the default grace period of 5 seconds: it is over at most 2.5 s + 5 s after the kill."""
     pools = ["threads", "prefork"]
@@ -91,6 +92,7 @@ def test_what_killed_workers_held_is_done_by_another_within_seconds(rig: Rig) ->
     print(f"{len(sent)} messages of killed workers were done {took:.1f} s after the kill")
 
 
+@pytest.mark.newest_only
 def test_pool_processes_that_outlive_their_worker_do_not_keep_its_messages(rig: Rig) -> None:
     """Those, too, that were forked while it was connected, in the place of others."""
     victim = rig.worker("prefork", prefetch=5, linger=True, grace=GRACE, arguments=["--max-tasks-per-child", "1"])
@@ -149,6 +151,7 @@ def test_a_rejection_is_not_forgotten_when_the_server_cannot_be_reached(rig: Rig
     assert rig.runs.started["lost"] == 2
 
 
+@pytest.mark.newest_only
 def test_a_killed_workers_messages_run_again_if_they_had_started_and_once_if_they_had_not(rig: Rig) -> None:
     acknowledged, prefetched = labels("acknowledged", 3), labels("prefetched", 3)
     rig.publish(*acknowledged)
@@ -181,6 +184,7 @@ def test_a_task_that_is_done_is_acknowledged_while_the_next_one_runs(rig: Rig, p
     wait_until("the short one to be acknowledged", lambda: rig.holders("short") == set(), 2)
 
 
+@pytest.mark.newest_only
 def test_a_task_whose_worker_is_killed_between_its_body_and_the_acknowledgement_runs_again(rig: Rig) -> None:
     victim = rig.worker("solo", grace=GRACE)
     rig.publish("unlucky", task="die_before_ack")
@@ -196,6 +200,7 @@ def test_a_task_whose_worker_is_killed_between_its_body_and_the_acknowledgement_
 # --- publishers are killed -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest_only
 def test_what_a_killed_publisher_knows_to_be_published_is_in_the_queue_and_nothing_twice(rig: Rig) -> None:
     """At random moments, so that some die between the statement and its answer."""
     environment = {broker_tasks.URL: rig.url, broker_tasks.RUNS: str(rig.runs.path)}
@@ -223,6 +228,7 @@ def test_what_a_killed_publisher_knows_to_be_published_is_in_the_queue_and_nothi
 # --- bodies last longer than the grace period, and connections are cut ---------------------------------------------
 
 
+@pytest.mark.newest_only
 def test_a_body_that_lasts_longer_than_the_grace_period_is_not_handed_out_twice(rig: Rig) -> None:
     """One of the workers cannot even say that it is alive, as if its body kept the interpreter to itself."""
     pools = {"threads": "threads", "prefork": "prefork", "solo": "solo", "hung": "threads"}
@@ -281,6 +287,7 @@ def test_a_worker_goes_on_after_its_connections_were_cut(rig: Rig, proxy: TcpPro
 # --- the server fails ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest_only
 def test_a_crash_of_the_server_under_load_loses_nothing(rig: Rig, server: PostgresServer) -> None:
     for pool in ("threads", "prefork"):
         rig.worker(pool, concurrency=2)
@@ -493,6 +500,7 @@ def ids(deliveries: list[Delivery]) -> list[int]:
     return [delivery.message.id for delivery in deliveries]
 
 
+@pytest.mark.newest_only
 def test_a_consumer_that_was_away_too_long_drops_what_it_had_claimed_ahead(
     rig: Rig, proxy: TcpProxy, make_consumer: MakeConsumer
 ) -> None:
@@ -511,6 +519,7 @@ def test_a_consumer_that_was_away_too_long_drops_what_it_had_claimed_ahead(
     assert {message.holder for message in rig.messages()} == {other.number}
 
 
+@pytest.mark.newest_only
 def test_an_acknowledgement_that_comes_too_late_is_told_of_and_changes_nothing(
     rig: Rig, proxy: TcpProxy, make_consumer: MakeConsumer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -532,6 +541,7 @@ def test_an_acknowledgement_that_comes_too_late_is_told_of_and_changes_nothing(
     assert rig.messages() == []
 
 
+@pytest.mark.newest_only
 def test_a_consumer_that_gets_its_own_message_again_can_acknowledge_it(
     rig: Rig, proxy: TcpProxy, make_consumer: MakeConsumer
 ) -> None:

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 pytestmark = ON_BOTH_SERVERS
 
+
+@pytest.fixture
+def tenant_database(emptied_database: TenantDatabase) -> TenantDatabase:
+    return emptied_database
+
+
 # Each returns rows, so that what it changed can be counted.
 MOVE_TO_GLOBEX = text("UPDATE note SET organization_id = CAST(:globex AS uuid) WHERE body = 'a1' RETURNING id")
 DELETE_ALL = text("DELETE FROM note RETURNING id")
@@ -360,6 +366,7 @@ def test_strict_works_where_functions_are_granted_to_nobody_by_default(notes: No
 
     with as_tenant(application, notes.acme) as connection:
         assert notes.seen(connection) == notes.of(notes.acme)
+    notes.database.execute("ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO PUBLIC")
 
 
 def test_strict_may_be_switched_on_and_off(notes: Notes, application: Engine) -> None:

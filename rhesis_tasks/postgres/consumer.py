@@ -426,18 +426,22 @@ class Consumer:
         """After the connection was lost or the consumer taken for dead, agree with the server on what we hold."""
         self._queue.connection.open()
         generation = self._queue.connection.generation
-        if generation != self._generation or self._reaped:
-            self._reaped = False
-            for name in self._queues():
-                self._declare(name)
-                self._queue.subscribe(self.number, name)
-            self._waiting_for = set()
-        elif time.monotonic() < self._agreed_at + self._grace:
-            return
-        # Also now and then: a claim may be carried out long after its connection was lost.
-        ahead = [each.message.token for each in self._buffer if each.message.token is not None]
-        acked = [token for _, token in list(self._acks)]
-        still = self._queue.agree(self.number, [*list(self._held), *ahead, *acked])
+        is_back = generation != self._generation or self._reaped
+        if not is_back and time.monotonic() < self._agreed_at + self._grace:
+            return  # else also now and then: a claim may be carried out long after its connection was lost
+        self._reaped = False  # before, so that another loss meanwhile is not overlooked
+        try:
+            if is_back:
+                for name in self._queues():
+                    self._declare(name)
+                    self._queue.subscribe(self.number, name)
+                self._waiting_for = set()
+            ahead = [each.message.token for each in self._buffer if each.message.token is not None]
+            acked = [token for _, token in list(self._acks)]
+            still = self._queue.agree(self.number, [*list(self._held), *ahead, *acked])
+        except BaseException:
+            self._reaped = self._reaped or is_back  # nothing is agreed
+            raise
         self._buffer = deque(each for each in self._buffer if each.message.token is None or each.message.token in still)
         self._agreed_at = time.monotonic()
         self._generation = generation

@@ -187,7 +187,7 @@ def test_a_stream_ends_at_once_if_the_task_has_ended(app: Celery, follow: Follow
 def test_errors_are_redacted_in_every_event(app: Celery, follow: Follow) -> None:
     move(app, ANN, "task", State.RETRY, error_type="E", error_message="the secret of an attempt")
     with follow(ANN, "task") as stream:
-        assert stream.next(0)["error"] == {"type": "E", "message": "the *** of an attempt"}
+        assert stream.next(0)["error"] == {"type": "E", "message": "the *** of an attempt", "reason": None}
         fail(app, ANN, "task", "the secret at last")
         assert stream.to_its_end()[-1][1]["error"]["message"] == "the *** at last"
 

@@ -66,6 +66,7 @@ CREATE OR REPLACE FUNCTION @schema@.record_state(
 ) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    at     timestamptz := clock_timestamp();
     wanted timestamptz;
     stays  text;
 BEGIN
@@ -81,8 +82,7 @@ BEGIN
         (its_organization, its_id, its_user, its_name, its_state, its_custom_state, its_retries, its_root, its_parent,
          its_queue, its_worker, its_result, its_children, its_args, its_kwargs, its_error_type, its_error_message,
          its_traceback, its_reason, its_progress_done, its_progress_total, its_progress_message,
-         CASE WHEN is_started THEN clock_timestamp() END, CASE WHEN is_started THEN clock_timestamp() END,
-         CASE WHEN is_finished THEN clock_timestamp() END)
+         CASE WHEN is_started THEN at END, CASE WHEN is_started THEN at END, CASE WHEN is_finished THEN at END)
     ON CONFLICT (organization_id, task_id) DO UPDATE SET
         name = coalesce(excluded.name, r.name),
         state = excluded.state,

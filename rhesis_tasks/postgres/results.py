@@ -21,8 +21,9 @@ from celery._state import get_current_task
 from celery.app.task import Context
 from celery.backends.database import DatabaseBackend
 from celery.canvas import maybe_signature
-from celery.exceptions import BackendStoreError, ChordError, TaskRevokedError, TimeoutError
+from celery.exceptions import BackendStoreError, ChordError, Reject, TaskRevokedError, TimeoutError
 from celery.result import GroupResult, result_from_tuple
+from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.exceptions import OperationalError
 from kombu.utils.encoding import ensure_bytes
 
@@ -732,5 +733,12 @@ def _error(result: Any) -> tuple[str | None, str | None]:
     if not isinstance(result, Mapping):
         return None, None
     message = result.get("exc_message")
+    if isinstance(message, list | tuple):
+        if result.get("exc_type") == UnpickleableExceptionWrapper.__name__ and len(message) > 2:
+            # What Celery raises in place of an exception that no other process could make again.
+            _, name, arguments = message[:3]
+            return str(name), " ".join(map(str, arguments if isinstance(arguments, list | tuple) else [arguments]))
+        if (result.get("exc_type"), result.get("exc_module")) == (Reject.__name__, Reject.__module__):
+            message = [reason for reason in message[:1] if reason is not None]  # the other one is requeue=
     text_of = " ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
     return result.get("exc_type"), text_of

@@ -78,7 +78,8 @@ class _Registered:
     def is_for(self, name: str, state: State, error: BaseException | None) -> bool:
         if state is not self.state or not fnmatch.fnmatchcase(name, self.task):
             return False
-        return error is None or isinstance(error, self.error)
+        # An attempt may be followed by another without an error: self.retry() by hand.
+        return isinstance(error, self.error) or (error is None and BaseException in self.error)
 
 
 _registered: weakref.WeakKeyDictionary[Celery, list[_Registered]] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["REDACTED", "Redact", "reason_of", "redact_exception", "redact_text", "redacts", "use_redaction"]
+__all__ = ["REDACTED", "Redact", "reason_of", "redact_exception", "redact_text", "redacts", "text_of", "use_redaction"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,14 @@ _REASONS: Final[Mapping[str, str]] = {
     "HeaderError": "its message cannot be understood, and it was not run",
     "SignatureError": "its message is not signed, and it was not run",
 }
+
+
+def text_of(error: object) -> str:
+    """What an exception says; also of one that cannot say it."""
+    try:
+        return str(error)
+    except Exception as failed:
+        return f"<str() failed with a {type(failed).__name__}>"
 
 
 def reason_of(error_type: str | None) -> str | None:

@@ -22,6 +22,7 @@ from celery.exceptions import Reject
 from celery.signals import task_postrun
 
 from .errors import ConfigurationError, HookTimeoutError
+from .failures import text_of
 from .headers import state_of
 from .loops import run_coroutine
 from .outcomes import TaskOutcome, log_outcome, log_requeued, outcome_of
@@ -183,7 +184,7 @@ def run_hooks(outcome: TaskOutcome) -> None:
                 getattr(hook, "__qualname__", hook),
                 outcome.name,
                 type(error).__name__,
-                error,
+                text_of(error),
                 exc_info=error,
             )
 
@@ -270,6 +271,7 @@ def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
         "error": task.backend.prepare_exception(outcome.error, serializer="json"),
         "reason": outcome.reason,
         "retries": outcome.retries,
+        "countdown": outcome.countdown,
         "duration": outcome.duration,
     }
     destination = {key: delivery[key] for key in ("exchange", "routing_key") if delivery.get(key) is not None}
@@ -291,6 +293,7 @@ def told_outcome(app: Celery, told: Mapping[str, Any], tenant: Any) -> TaskOutco
         error=app.backend.exception_to_python(told["error"]),
         reason=told["reason"],
         retries=told["retries"],
+        countdown=told.get("countdown"),
         duration=told["duration"],
     )
 

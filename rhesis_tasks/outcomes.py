@@ -17,7 +17,7 @@ from celery._state import get_current_task
 from celery.exceptions import Ignore, Reject, Retry
 
 from .context import TenantContext
-from .failures import reason_of, redact_text, redacts
+from .failures import reason_of, redact_text, redacts, text_of
 from .headers import RequestState, state_of
 from .propagation import is_installed
 from .states import State
@@ -126,12 +126,13 @@ def log_start(task: Task[Any, Any], request: Context) -> None:
         _write(logging.INFO, f"Task {task.name}[{request.id}] started: attempt {attempt}", outcome="started")
 
 
-def log_requeued(task: Task[Any, Any], request: Context) -> None:
+def log_requeued(task: Task[Any, Any], request: Context, reason: str | None = None) -> None:
     """Say that the message of an attempt goes back to its queue."""
-    _write(logging.WARNING, f"Task {task.name}[{request.id}] was put back into its queue", outcome="requeued")
+    because = f": {reason}" if reason else ""
+    _write(logging.WARNING, f"Task {task.name}[{request.id}] was put back into its queue{because}", outcome="requeued")
 
 
-def log_outcome(outcome: TaskOutcome) -> None:
+def log_outcome(outcome: TaskOutcome, *, has_traceback: bool = True) -> None:
     """Say how it has ended, in one line; that of an unexpected failure has its traceback."""
     error, task = outcome.error, outcome.task
     attempt = outcome.retries + 1
@@ -151,7 +152,7 @@ def log_outcome(outcome: TaskOutcome) -> None:
     is_expected = isinstance(error, task.throws or ())
     because = f": {outcome.reason}" if outcome.reason else ""
     line = f"{head} failed{took}{told} (attempt {attempt}{because})"
-    traced = None if is_expected or error is None or error.__traceback__ is None else error
+    traced = None if is_expected or not has_traceback or error is None or error.__traceback__ is None else error
     if traced is not None and redacts(task.app):
         line += "\n" + redact_text(task.app, "".join(traceback.format_exception(traced)))
         traced = None
@@ -160,8 +161,13 @@ def log_outcome(outcome: TaskOutcome) -> None:
 
 
 def _named(error: BaseException) -> str:
-    message = getattr(error, "reason", error) if isinstance(error, Reject) else error
-    return f"{type(error).__name__}: {message}".rstrip(": ")
+    name, message = type(error).__name__, text_of(error)
+    if isinstance(error, Reject):
+        reason: object = getattr(error, "reason", None)  # the stubs leave it out
+        message = "" if reason is None else text_of(reason)
+    elif message == f"{name}{error.args}":  # as time limits put it
+        message = " ".join(map(text_of, error.args))
+    return f"{name}: {message}".rstrip(": ")
 
 
 def _write(level: int, line: str, traced: BaseException | None = None, **more: Any) -> None:

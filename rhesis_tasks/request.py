@@ -20,7 +20,7 @@ from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined] 
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import InvalidTaskError, Reject, TimeLimitExceeded
-from celery.signals import task_failure
+from celery.signals import task_failure, task_retry
 from celery.worker import request as worker_request
 from celery.worker import state
 from typing_extensions import override
@@ -28,7 +28,7 @@ from typing_extensions import override
 from .failures import reason_of
 from .headers import HEADER, REFUSED, state_of
 from .hooks import publish_hooks
-from .outcomes import TaskOutcome, log_outcome
+from .outcomes import TaskOutcome, log_outcome, log_requeued
 from .propagation import records, restored, signer_of
 from .states import State
 
@@ -50,6 +50,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
     _is_told = False  # how it has ended
+    _decided: BaseException | None = None  # what is dealt with here
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         app = options["app"]
@@ -101,12 +102,15 @@ class ContextRequest(_Request):  # type: ignore[misc]
     @override
     def reject(self, requeue: bool = False) -> None:
         self._requeued = requeue
+        if requeue and self._decided is not None and not isinstance(self._decided, Reject) and not self._is_told:
+            self._is_told = True
+            log_requeued(self.task, self._context, reason_of(type(self._decided).__name__))
         super().reject(requeue=requeue)
 
     @override
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         error = _bare(exc_info.exception)
-        with self._as_launched(), self._deciding():
+        with self._as_launched(), self._deciding(error):
             result = super().on_failure(exc_info, *args, **kwargs)
             if isinstance(error, TimeLimitExceeded):
                 self._timed_out = exc_info
@@ -126,9 +130,11 @@ class ContextRequest(_Request):  # type: ignore[misc]
         Of a hard one the prefork pool tells twice, here after on_failure: Celery 5.7 would store the failure, call the
         error callbacks and send the signal a second time.
         """
-        with self._as_launched(), self._deciding():
+        with self._as_launched(), self._deciding(None):
             if soft or self._timed_out is None:
                 super().on_timeout(soft, timeout)
+                if not (soft or self._requeued or state.should_terminate):
+                    self.tell(TimeLimitExceeded(timeout))  # Celery 5.6 sends no signal
                 return
             _log.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
             if not self._requeued and not state.should_terminate:
@@ -142,34 +148,40 @@ class ContextRequest(_Request):  # type: ignore[misc]
     # --- telling how it has ended, where that is decided here ------------------------------------------------
 
     @contextmanager
-    def _deciding(self) -> Iterator[None]:
-        """Celery sends ``task_failure`` in here if it decides that the task has failed."""
+    def _deciding(self, error: BaseException | None) -> Iterator[None]:
+        """Celery sends ``task_failure`` or ``task_retry`` in here if it decides that the attempt has failed."""
         token = _deciding.set(self)
+        self._decided = error
         try:
             yield
         finally:
+            self._decided = None
             _deciding.reset(token)
 
-    def tell(self, error: BaseException) -> None:
+    @property
+    def is_told(self) -> bool:
+        """Whether one of our lines has said how it has ended."""
+        return self._is_told
+
+    def tell(self, error: BaseException, to: State = State.FAILURE, countdown: float | None = None) -> None:
         """Log that it has failed, and let its hooks be run by a task: not here, where they would hold up everything."""
-        if self._is_told:
-            return
-        self._is_told = True
         request, known = self._context, state_of(self._context)
+        if self._is_told or (known is not None and known.is_superseded):
+            return  # the latter: its record had an end already
+        self._is_told = True
         outcome = TaskOutcome(
             task=self.task,
             task_id=self.id,
             root_id=request.root_id,
             tenant=known.tenant if known else None,
-            state=State.FAILURE,
+            state=to,
             error=error,
-            reason=reason_of(type(error).__name__),
+            reason=reason_of(type(error).__name__) if to is State.FAILURE else None,
             retries=request.retries or 0,
+            countdown=countdown,
             duration=None if self.time_start is None else max(0.0, time.time() - self.time_start),
         )
-        log_outcome(outcome)
-        if known is not None and known.is_superseded:
-            return  # its record had an end already
+        log_outcome(outcome, has_traceback=False)  # it would be that of the pool
         try:
             publish_hooks(outcome, request)
         except Exception:
@@ -184,6 +196,25 @@ def _failed(task_id: str | None = None, exception: Any = None, **_: Any) -> None
     request = _deciding.get()
     if request is not None and request.id == task_id:
         request.tell(_bare(exception))
+
+
+@task_retry.connect(weak=False, dispatch_uid="rhesis_tasks.request")
+def _retried(request: Any = None, reason: Any = None, **_: Any) -> None:
+    deciding = _deciding.get()
+    if deciding is not None and request is not None and deciding.id == request.id:
+        deciding.tell(_bare(reason.exc), State.RETRY, reason.when)
+
+
+_TOLD: Final = frozenset({"Task handler raised error: %r", "Task %s[%s] retry: %s"})
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leaves out Celery's lines about what ours have told."""
+    request = _deciding.get()
+    return record.msg not in _TOLD or request is None or not request.is_told
+
+
+_log.addFilter(_is_news)
 
 
 # What else a message may bring along would replace what Celery has set on the request.

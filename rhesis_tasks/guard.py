@@ -14,7 +14,10 @@ from celery import Task, bootsteps
 from celery.utils.imports import symbol_by_name
 from typing_extensions import override
 
+from .context import exactly
+from .headers import decode, find
 from .hooks import has_async_hooks
+from .outcomes import log_unknown
 from .propagation import signer_of
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class Guard(bootsteps.StartStopStep):
     @override
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
+        logging.getLogger("celery.worker.consumer.consumer").addFilter(_names_no_arguments)
         create_handler = parent.create_task_handler
         parent.create_task_handler = lambda: self._guarded(parent, create_handler())
 
@@ -58,11 +62,32 @@ class Guard(bootsteps.StartStopStep):
                 _log.error("a message whose task is a %s is discarded", type(name).__name__)
             elif signer is not None and name not in parent.strategies and not signer.accepts(message):
                 _security.warning("a message of task %.200r, which is not known, is not signed: it is discarded", name)
+            elif name and name not in parent.strategies:
+                return _fail_unknown(name, headers, lambda: handle(message))
             else:
                 return handle(message)
             return message.reject_log_error(_log, parent.connection_errors)
 
         return on_task_received
+
+
+def _fail_unknown(name: str, headers: Any, handle: Callable[[], Any]) -> Any:
+    """Let Celery store the failure of a task that is not known here, in its tenant's record.
+
+    Its line quotes the message, and with it the arguments: ours takes its place.
+    """
+    try:
+        found = find(headers)
+        tenant = None if found is None else decode(found).tenant
+    except Exception:  # whatever a message brings along
+        tenant = None
+    with exactly(tenant):
+        log_unknown(name, headers.get("id"))
+        return handle()
+
+
+def _names_no_arguments(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Received unregistered task of type ")
 
 
 def refuse_async_tasks(app: Celery, pool: str) -> None:

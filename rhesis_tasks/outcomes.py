@@ -32,6 +32,7 @@ __all__ = [
     "log_outcome",
     "log_requeued",
     "log_start",
+    "log_unknown",
     "outcome_of",
     "uninstall",
 ]
@@ -130,6 +131,15 @@ def log_requeued(task: Task[Any, Any], request: Context, reason: str | None = No
     """Say that the message of an attempt goes back to its queue."""
     because = f": {reason}" if reason else ""
     _write(logging.WARNING, f"Task {task.name}[{request.id}] was put back into its queue{because}", outcome="requeued")
+
+
+def log_unknown(name: str, task_id: object) -> None:
+    """Say that a message is for a task that the worker does not have."""
+    reason = reason_of("NotRegistered")
+    # As text of one line, since anybody may have sent it.
+    name, its_id = (repr(str(each))[1:-1][:200] for each in (name, task_id))
+    line = f"Task {name}[{its_id}] failed: NotRegistered ({reason})"
+    _write(logging.ERROR, line, outcome="failure", reason=reason, id=its_id, name=name)
 
 
 def log_outcome(outcome: TaskOutcome, *, has_traceback: bool = True) -> None:

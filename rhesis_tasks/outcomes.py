@@ -34,6 +34,7 @@ __all__ = [
     "log_start",
     "log_unknown",
     "outcome_of",
+    "told_tenant",
     "uninstall",
 ]
 
@@ -48,7 +49,7 @@ class TaskOutcome:
         task: the task.
         task_id: its id.
         root_id: that of the task by which its whole run was launched.
-        tenant: whose it is; None for work that belongs to no tenant, of which only the log hears.
+        tenant: whose it is; None for work that belongs to no tenant, or was refused, of which only the log hears.
         state: ``State.SUCCESS``, ``State.FAILURE``, or ``State.RETRY`` if there will be another attempt.
         result: what it returned.
         error: what it raised, or Celery says in its place (a lost process, a time limit).
@@ -102,7 +103,7 @@ def outcome_of(task: Task[Any, Any], request: Context, celery_state: str, value:
         task=task,
         task_id=request.id or "",
         root_id=request.root_id,
-        tenant=known.tenant if known else None,
+        tenant=told_tenant(known),
         state=state,
         result=value if state is State.SUCCESS else None,
         error=error,
@@ -111,6 +112,11 @@ def outcome_of(task: Task[Any, Any], request: Context, celery_state: str, value:
         countdown=countdown,
         duration=None if known is None or known.began_at is None else time.monotonic() - known.began_at,
     )
+
+
+def told_tenant(known: RequestState | None) -> TenantContext | None:
+    """Under which tenant an outcome is told; None for a refused task, though its record may be its launcher's."""
+    return None if known is None or known.refusal is not None else known.tenant
 
 
 def _reason(known: RequestState | None, error: BaseException | None) -> str | None:

@@ -28,7 +28,7 @@ from typing_extensions import override
 from .failures import reason_of
 from .headers import HEADER, REFUSED, state_of
 from .hooks import publish_hooks
-from .outcomes import TaskOutcome, log_outcome, log_requeued
+from .outcomes import TaskOutcome, log_outcome, log_requeued, told_tenant
 from .propagation import records, restored, signer_of
 from .states import State
 
@@ -173,7 +173,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
             task=self.task,
             task_id=self.id,
             root_id=request.root_id,
-            tenant=known.tenant if known else None,
+            tenant=told_tenant(known),
             state=to,
             error=error,
             reason=reason_of(type(error).__name__) if to is State.FAILURE else None,

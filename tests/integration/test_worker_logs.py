@@ -103,7 +103,6 @@ def launched(tasks: Any, tenant: TenantContext, pool: str, format: str) -> list[
                 "hang",
                 hard.id,
                 texts=(
-                    "raised error: TimeLimitExceeded",
                     "Hard time limit (1s) exceeded",
                     "(attempt 1: its time limit was reached)",
                 ),
@@ -115,7 +114,7 @@ def launched(tasks: Any, tenant: TenantContext, pool: str, format: str) -> list[
             note(
                 "die",
                 tasks.die.delay(SECRET).id,
-                texts=("raised error: WorkerLostError", "(attempt 1: the process that ran it was lost)"),
+                texts=("failed in", "WorkerLostError: ", "(attempt 1: the process that ran it was lost)"),
             )
     return launches
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from celery.exceptions import Reject
 from celery.signals import task_postrun
 
-from .errors import ConfigurationError, HookTimeoutError
+from .errors import ConfigurationError, HookTimeoutError, TaskDefinitionError
 from .failures import text_of
 from .headers import state_of
 from .loops import run_coroutine
@@ -146,6 +146,18 @@ def does_nothing(method: MethodT) -> MethodT:
     """Marks a task's hook that nobody has replaced."""
     method.does_nothing = True  # type: ignore[attr-defined]
     return method
+
+
+def check(task: Any) -> None:
+    """Look at a task's own hooks, when it is made.
+
+    Raises:
+        TaskDefinitionError: one is no function.
+    """
+    for name in _NAMES.values():
+        own = getattr(task, name, does_nothing)
+        if not callable(own):
+            raise TaskDefinitionError(f"{name} of task {task.name} must be a function of the outcome, not {own!r}")
 
 
 def _hooks(task: Any, state: State, error: BaseException | None) -> Iterator[Hook]:

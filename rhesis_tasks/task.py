@@ -10,7 +10,6 @@ import asyncio
 import functools
 import inspect
 import logging
-import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
@@ -80,6 +79,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         is_async: whether its body is ``async def``.
         cleanup_grace: seconds that the coroutines of such a body get to clean up when they are cancelled: all of them
             by the soft time limit, those that it has left behind at its end.
+        hook_time_limit: seconds that each hook may take that is called at its end: see :mod:`rhesis_tasks.hooks`.
     """
 
     abstract = True
@@ -87,6 +87,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     is_async: ClassVar[bool] = False
     cleanup_grace: ClassVar[float] = 5.0
+    hook_time_limit: ClassVar[float] = 10.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -163,17 +164,22 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         """Let a body that is ``async def`` be run, when the task is made.
 
         Raises:
-            TaskDefinitionError: the body is a generator, or ``cleanup_grace`` is no time.
+            TaskDefinitionError: the body is a generator, ``cleanup_grace`` or ``hook_time_limit`` is no time, or a hook
+                is no function.
         """
         super().on_bound(app)
+        # Also of a plain body, whose hooks may be async def.
+        for name, least in (("cleanup_grace", 0.0), ("hook_time_limit", 1e-3)):
+            value: Any = getattr(cls, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not least <= value <= threading.TIMEOUT_MAX:
+                raise TaskDefinitionError(f"{name} of task {cls.name} must be seconds, not {value!r}")
+        hooks.check(cls)
         body = inspect.unwrap(cls.run)
         if inspect.isasyncgenfunction(body):
             raise TaskDefinitionError(f"the body of task {cls.name} is an asynchronous generator; let it return a list")
         cls.is_async = inspect.iscoroutinefunction(body)
         if cls.is_async and not hasattr(cls.run, "awaits"):
-            grace = cls.cleanup_grace
-            if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
-                raise TaskDefinitionError(f"cleanup_grace of task {cls.name} must be seconds, not {grace!r}")
             cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"))  # type: ignore[method-assign]
 
     @override
@@ -312,7 +318,6 @@ class BaseTask(ContextTask):
         retry_policy: what is tried again, and when; or a method that says it for the tenant, or None, that the task
             works for: ``def retry_policy(self, tenant)``, as an option of the decorator ``func(task, tenant)``.  Not
             together with Celery's ``autoretry_for``.
-        hook_time_limit: seconds that each of the hooks ``on_tenant_...`` may take.
     """
 
     abstract = True
@@ -321,7 +326,6 @@ class BaseTask(ContextTask):
     system: ClassVar[bool] = False
     tenant_in_arguments: ClassVar[bool] = True
     retry_policy: RetryPolicy | Callable[..., RetryPolicy] = DEFAULT  # no ClassVar, so that a method may replace it
-    hook_time_limit: ClassVar[float] = 10.0
 
     # --- hooks, to be replaced -----------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class RequestState:
     awaits_body: bool = False  #: ... about to be called, and its result is waited for
     is_cancelled: bool = False  #: somebody has, before it was started
     is_superseded: bool = False  #: it has ended, but its record had an end already
+    has_ended: bool = False  #: ... and nothing may have it run again
     began_at: float | None = None  #: when its body did, by time.monotonic()
     first_at: int | None = None  #: when the body of its first attempt did, in milliseconds since 1970
     reason: str | None = None  #: why a failed attempt is the last one, or when the next one is

@@ -12,28 +12,34 @@ import dataclasses
 import fnmatch
 import inspect
 import logging
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from celery import Celery
+from celery import states as celery_states
+from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
+from celery.app.task import Context
+from celery.backends.base import Backend
 from celery.exceptions import Reject
 from celery.signals import task_postrun
 
+from .context import TenantContext
 from .errors import ConfigurationError, HookTimeoutError, TaskDefinitionError
-from .failures import text_of
-from .headers import state_of
+from .failures import redact_exception, redact_text
+from .headers import RequestState, capture, keep_state, state_of
 from .loops import run_coroutine
-from .outcomes import TaskOutcome, log_outcome, log_requeued, outcome_of
-from .propagation import is_installed
+from .outcomes import TaskOutcome, log_outcome, log_requeued, named, outcome_of, with_traceback
+from .propagation import is_installed, renew
 from .retry import ExceptionTypes, exception_types
 from .states import State
 from .threads import in_task
 
 if TYPE_CHECKING:
-    from celery import Celery, Task
-    from celery.app.task import Context
+    from celery import Task
 
 __all__ = [
     "TaskOutcome",
@@ -44,6 +50,7 @@ __all__ = [
     "on_tenant_success",
     "publish_hooks",
     "run_hooks",
+    "run_published",
     "uninstall",
 ]
 
@@ -79,8 +86,8 @@ class _Registered:
     def is_for(self, name: str, state: State, error: BaseException | None) -> bool:
         if state is not self.state or not fnmatch.fnmatchcase(name, self.task):
             return False
-        # An attempt may be followed by another without an error: self.retry() by hand.
-        return isinstance(error, self.error) or (error is None and BaseException in self.error)
+        # There is none after a success, and after a self.retry() by hand.
+        return self.error == (BaseException,) or isinstance(error, self.error)
 
 
 _registered: weakref.WeakKeyDictionary[Celery, list[_Registered]] = weakref.WeakKeyDictionary()
@@ -101,7 +108,7 @@ def on_tenant_success(app: Celery, *, task: str = "*") -> Callable[[HookT], Hook
         task: a task's name, or a pattern of names: ``reports.*``.
 
     Raises:
-        ConfigurationError: what is decorated is no function, or ``task`` no str.
+        ConfigurationError: ``app`` is no application, what is decorated no function, or ``task`` no str.
     """
     return _registering(app, State.SUCCESS, task, (BaseException,))
 
@@ -130,6 +137,8 @@ def on_tenant_retry(
 
 
 def _registering(app: Celery, state: State, task: str, error: ExceptionTypes) -> Callable[[HookT], HookT]:
+    if not isinstance(app, Celery):
+        raise ConfigurationError(f"{_NAMES[state]} takes the application, as in @{_NAMES[state]}(app), not {app!r}")
     if not isinstance(task, str):
         raise ConfigurationError(f"task must be the name of tasks, such as 'reports.*', not {task!r}")
 
@@ -161,10 +170,12 @@ def check(task: Any) -> None:
 
 
 def _hooks(task: Any, state: State, error: BaseException | None) -> Iterator[Hook]:
+    if task.name == RUN_HOOKS:
+        return  # or a hook that ends its process would be told of that, and end the next one
     own = getattr(task, _NAMES[state], None)
     if own is not None and not getattr(own, "does_nothing", False):
         yield own
-    for each in _registered.get(task.app, ()):
+    for each in tuple(_registered.get(task.app, ())):
         if each.is_for(task.name, state, error):
             yield each.hook
 
@@ -173,16 +184,18 @@ def has_async_hooks(task: Any) -> bool:
     """Whether a hook of the task's is ``async def``, its own or one for many."""
     hooks = [getattr(task, name, None) for name in _NAMES.values()]
     hooks += [each.hook for each in _registered.get(task.app, ()) if fnmatch.fnmatchcase(task.name, each.task)]
-    return any(map(_is_async, hooks))
+    return any(_is_async(each) or _is_async(inspect.unwrap(each)) for each in hooks)
 
 
 def _is_async(hook: Any) -> bool:
-    return inspect.iscoroutinefunction(inspect.unwrap(hook))
+    called = hook if inspect.isroutine(hook) else getattr(type(hook), "__call__", hook)  # noqa: B004
+    return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(called)
 
 
 # --- running them ------------------------------------------------------------------------------------------------
 
-_left: list[threading.Thread] = []  # of hooks that have taken too long
+_left: set[threading.Thread] = set()  # of hooks that have taken too long
+_lock = threading.Lock()
 
 
 def run_hooks(outcome: TaskOutcome) -> None:
@@ -191,48 +204,56 @@ def run_hooks(outcome: TaskOutcome) -> None:
         try:
             _run(hook, outcome)
         except Exception as error:
-            _log.error(
-                "hook %s of task %s failed, which changes nothing: %s: %s",
-                getattr(hook, "__qualname__", hook),
-                outcome.name,
-                type(error).__name__,
-                text_of(error),
-                exc_info=error,
-            )
+            app = outcome.task.app
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            line = f"hook {name} of task {outcome.name} failed, which changes nothing"
+            line, traced = with_traceback(app, f"{line}: {redact_text(app, named(error))}", error)
+            _log.error("%s", line, exc_info=traced)
 
 
 def _run(hook: Hook, outcome: TaskOutcome) -> None:
-    task = outcome.task
-    limit: float = task.hook_time_limit
-    if _is_async(hook):
-        run_coroutine(
-            _within(limit, hook, outcome), name=task.name, grace=task.cleanup_grace, factory=task._loop_factory
-        )
-    else:
-        _run_in_thread(limit, hook, outcome)
+    # Calling an async function runs nothing of it yet.
+    returned = hook(outcome) if _is_async(hook) else _run_in_thread(hook, outcome)
+    if inspect.isawaitable(returned):
+        task = outcome.task
+        waiting = _within(task.hook_time_limit, returned)
+        run_coroutine(waiting, name=task.name, grace=task.cleanup_grace, factory=task._loop_factory)
 
 
-async def _within(limit: float, hook: Callable[[TaskOutcome], Any], outcome: TaskOutcome) -> None:
+async def _within(limit: float, awaitable: Awaitable[object]) -> None:
+    """As a task of the loop, which is left alone if it goes on when it is cancelled."""
+    running = asyncio.ensure_future(_contained(awaitable))
+    await asyncio.wait({running}, timeout=limit)
+    if not running.done():
+        raise HookTimeoutError(f"it did not end within {limit:g} s")
+    running.result()
+
+
+async def _contained(awaitable: Awaitable[object]) -> None:
     try:
-        async with asyncio.timeout(limit) as timeout:
-            await hook(outcome)
-    except TimeoutError:
-        if timeout.expired():
-            raise HookTimeoutError(f"it did not end within {limit:g} s") from None
+        await awaitable
+    except (Exception, asyncio.CancelledError, GeneratorExit):
         raise
+    except BaseException as error:  # which would end the loop
+        raise RuntimeError(f"it raised {error!r}") from error
 
 
-def _run_in_thread(limit: float, hook: Hook, outcome: TaskOutcome) -> None:
+def _run_in_thread(hook: Hook, outcome: TaskOutcome) -> object:
     """In a thread of its own, since nothing else can be left alone when it does not end."""
-    _left[:] = [thread for thread in _left if thread.is_alive()]
-    if len(_left) >= MOST_LEFT:
-        raise HookTimeoutError(f"it was not run: {len(_left)} hooks before it have not ended yet")
-    context, as_task, failed = copy_context(), in_task(), []
+    limit: float = outcome.task.hook_time_limit
+    with _lock:
+        _left.intersection_update([thread for thread in _left if thread.is_alive()])
+        left = len(_left)
+    if left >= MOST_LEFT:
+        raise HookTimeoutError(f"it was not run: {left} hooks before it have not ended yet")
+    context, as_task = copy_context(), in_task()
+    returned: list[object] = []
+    failed: list[BaseException] = []
 
     def run() -> None:
         try:
             with as_task():
-                context.run(hook, outcome)
+                returned.append(context.run(hook, outcome))
         except BaseException as error:
             failed.append(error)
 
@@ -242,28 +263,42 @@ def _run_in_thread(limit: float, hook: Hook, outcome: TaskOutcome) -> None:
         thread.join(limit)
     finally:
         if thread.is_alive():
-            _left.append(thread)
-    if thread.is_alive():
-        raise HookTimeoutError(f"it did not end within {limit:g} s")
+            with _lock:
+                _left.add(thread)
+    for result in returned:
+        return result
     for error in failed:
-        raise error if isinstance(error, Exception) else RuntimeError(f"it raised {error!r}")
+        if isinstance(error, Exception):
+            raise error
+        raise RuntimeError(f"it raised {error!r}") from error
+    raise HookTimeoutError(f"it did not end within {limit:g} s")
 
 
 def _ended(sender: Task[Any, Any], state: str | None = None, retval: Any = None, **_: Any) -> None:
     """task_postrun, while the task's context is still there."""
-    if not is_installed(sender.app) or state is None:
+    if not is_installed(sender.app):
         return
     request = sender.request
     known = state_of(request)
+    if state is None:
+        # Raised through, to the caller of an eager task (task_eager_propagates), or out of a worker's process.
+        raised = sys.exception() if request.is_eager else None
+        if not isinstance(raised, Exception):
+            return
+        state, retval = celery_states.FAILURE, raised
     if isinstance(retval, Reject) and getattr(retval, "requeue", False):
         log_requeued(sender, request)
     outcome = outcome_of(sender, request, state, retval)
     if outcome is None:
         return
     log_outcome(outcome)
-    # A run that comes after the end (its message was delivered again) has been told of.
-    if outcome.tenant is not None and not (known and known.is_superseded):
-        run_hooks(outcome)
+    # A run that comes after the end (its message was delivered again) has been told of.  What was refused has run for
+    # nobody, whoever its message names.
+    if known is None or outcome.tenant is None or known.is_superseded or known.refusal is not None:
+        return
+    known.has_ended = True
+    renew(known)  # whatever other receivers and Celery's own hooks have left
+    run_hooks(outcome)
 
 
 # --- what a worker's main process decides ------------------------------------------------------------------------
@@ -275,12 +310,14 @@ def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
     if outcome.tenant is None or next(_hooks(task, outcome.state, outcome.error), None) is None:
         return
     delivery: Mapping[str, Any] = request.delivery_info or {}
+    error: Any = outcome.error
     told = {
         "task": outcome.name,
         "task_id": outcome.task_id,
         "root_id": outcome.root_id,
         "state": outcome.state.value,
-        "error": task.backend.prepare_exception(outcome.error, serializer="json"),
+        # As the base class does it, since not all result backends redact; the message lies in the broker.
+        "error": redact_exception(task.app, Backend.prepare_exception(task.backend, error, "json")),
         "reason": outcome.reason,
         "retries": outcome.retries,
         "countdown": outcome.countdown,
@@ -290,13 +327,13 @@ def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
     task.app.tasks[RUN_HOOKS].apply_async((told,), **destination)
 
 
-def told_outcome(app: Celery, told: Mapping[str, Any], tenant: Any) -> TaskOutcome:
-    """What :func:`publish_hooks` has published.
+def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -> None:
+    """Run the hooks for what :func:`publish_hooks` has published, with a request as the ended task had one.
 
     Raises:
         KeyError: the application has no such task.
     """
-    return TaskOutcome(
+    outcome = TaskOutcome(
         task=app.tasks[told["task"]],
         task_id=told["task_id"],
         root_id=told["root_id"],
@@ -308,6 +345,26 @@ def told_outcome(app: Celery, told: Mapping[str, Any], tenant: Any) -> TaskOutco
         countdown=told.get("countdown"),
         duration=told["duration"],
     )
+    task = outcome.task
+    request = Context(
+        id=outcome.task_id,
+        task=outcome.name,
+        root_id=outcome.root_id,
+        retries=outcome.retries,
+        called_directly=False,
+        delivery_info={},
+        organization_id=tenant.organization_id,
+        user_id=tenant.user_id,
+    )
+    state = RequestState(task=task, activation=None, envelope=capture(), tenant=tenant, is_running=True, has_ended=True)
+    keep_state(request, state)
+    _task_stack.push(task)
+    task.request_stack.push(request)
+    try:
+        run_hooks(outcome)
+    finally:
+        task.request_stack.pop()
+        _task_stack.pop()
 
 
 def install() -> None:

@@ -23,7 +23,7 @@ from .propagation import is_installed
 from .states import State
 
 if TYPE_CHECKING:
-    from celery import Task
+    from celery import Celery, Task
     from celery.app.task import Context
 
 __all__ = [
@@ -33,9 +33,11 @@ __all__ = [
     "log_requeued",
     "log_start",
     "log_unknown",
+    "named",
     "outcome_of",
     "told_tenant",
     "uninstall",
+    "with_traceback",
 ]
 
 _log: Final = logging.getLogger("celery.app.trace")
@@ -159,7 +161,7 @@ def log_outcome(outcome: TaskOutcome, *, has_traceback: bool = True) -> None:
         if _log.isEnabledFor(logging.INFO):
             _write(logging.INFO, f"{head} succeeded{took} (attempt {attempt})", outcome="success", **more)
         return
-    told = "" if error is None else redact_text(task.app, f": {_named(error)}")
+    told = "" if error is None else redact_text(task.app, f": {named(error)}")
     if outcome.state is State.RETRY:
         due = "" if outcome.countdown is None else f" in {outcome.countdown:.3g} s"
         line = f"{head} is tried again{due}{told} (attempt {attempt} ended{took})"
@@ -168,15 +170,14 @@ def log_outcome(outcome: TaskOutcome, *, has_traceback: bool = True) -> None:
     is_expected = isinstance(error, task.throws or ())
     because = f": {outcome.reason}" if outcome.reason else ""
     line = f"{head} failed{took}{told} (attempt {attempt}{because})"
-    traced = None if is_expected or not has_traceback or error is None or error.__traceback__ is None else error
-    if traced is not None and redacts(task.app):
-        line += "\n" + redact_text(task.app, "".join(traceback.format_exception(traced)))
-        traced = None
+    shown = None if is_expected or not has_traceback else error
+    line, traced = with_traceback(task.app, line, shown)
     level = logging.INFO if is_expected else logging.ERROR
     _write(level, line, traced=traced, outcome="failure", reason=outcome.reason, **more)
 
 
-def _named(error: BaseException) -> str:
+def named(error: BaseException) -> str:
+    """An exception's type and message."""
     name, message = type(error).__name__, text_of(error)
     if isinstance(error, Reject):
         reason: object = getattr(error, "reason", None)  # the stubs leave it out
@@ -184,6 +185,15 @@ def _named(error: BaseException) -> str:
     elif message == f"{name}{error.args}":  # as time limits put it
         message = " ".join(map(text_of, error.args))
     return f"{name}: {message}".rstrip(": ")
+
+
+def with_traceback(app: Celery, line: str, error: BaseException | None) -> tuple[str, BaseException | None]:
+    """A line, and the exception whose traceback goes below it; where texts are redacted, the line has it already."""
+    if error is None or error.__traceback__ is None:
+        return line, None
+    if not redacts(app):
+        return line, error
+    return f"{line}\n{redact_text(app, ''.join(traceback.format_exception(error)))}", None
 
 
 def _write(level: int, line: str, traced: BaseException | None = None, **more: Any) -> None:

@@ -192,15 +192,33 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     @override
     def replace(self, sig: Any) -> Any:
-        """As Celery's; the replacement works for the same tenant, whatever scope the body is in."""
+        """As Celery's; the replacement works for the same tenant, whatever scope the body is in.
+
+        Raises:
+            NotSupportedError: the task has ended.
+        """
+        self._refuse_when_ended("replace")
         with as_launched(self.request):
             return super().replace(sig)
 
     @override
     def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
-        """As Celery's; what is added works for the same tenant, whatever scope the body is in."""
+        """As Celery's; what is added works for the same tenant, whatever scope the body is in.
+
+        Raises:
+            NotSupportedError: the task has ended.
+        """
+        self._refuse_when_ended("add_to_chord")
         with as_launched(self.request):
             return super().add_to_chord(sig, lazy)  # type: ignore[call-overload]
+
+    def _refuse_when_ended(self, method: str) -> None:
+        state = state_of(self.request)
+        if state is not None and state.has_ended:
+            raise NotSupportedError(
+                f"{method}() of task {self.name}[{self.request.id}] is called when that has ended, by a hook or by "
+                "what its body has left running.  Launch another task instead"
+            )
 
     @override
     def apply(
@@ -594,7 +612,9 @@ class BaseTask(ContextTask):
         Raises:
             Retry: there will be another attempt.
             BaseException: ``exc``, or what is handled at the moment, or MaxRetriesExceededError, if there will not.
+            NotSupportedError: the task has ended.
         """
+        self._refuse_when_ended("retry")
         request: Any = self.request
         state = state_of(request)
         if state is None:
@@ -642,7 +662,10 @@ def _add_hooks_task(app: Celery) -> None:
         lazy=False,
         ignore_result=True,
         retry_policy=NO_RETRY,
+        retry_on_worker_lost=True,  # a few times, and not for ever: maybe a hook has ended the process
+        max_retries=3,
+        default_retry_delay=1,
     )
     def run_hooks(self: BaseTask, told: dict[str, Any]) -> None:
         """Run a task's hooks for an outcome that a worker's main process has decided."""
-        hooks.run_hooks(hooks.told_outcome(self.app, told, current_tenant()))
+        hooks.run_published(self.app, told, self.tenant)

@@ -182,7 +182,7 @@ def _hooks(task: Any, state: State, error: BaseException | None) -> Iterator[Hoo
 
 def has_async_hooks(task: Any) -> bool:
     """Whether a hook of the task's is ``async def``, its own or one for many."""
-    hooks = [getattr(task, name, None) for name in _NAMES.values()]
+    hooks: list[Any] = [getattr(task, name, None) for name in _NAMES.values()]
     hooks += [each.hook for each in _registered.get(task.app, ()) if fnmatch.fnmatchcase(task.name, each.task)]
     return any(_is_async(each) or _is_async(inspect.unwrap(each)) for each in hooks)
 
@@ -205,8 +205,7 @@ def run_hooks(outcome: TaskOutcome) -> None:
             _run(hook, outcome)
         except Exception as error:
             app = outcome.task.app
-            name = getattr(hook, "__qualname__", type(hook).__qualname__)
-            line = f"hook {name} of task {outcome.name} failed, which changes nothing"
+            line = f"hook {_name(hook)} of task {outcome.name} failed, which changes nothing"
             line, traced = with_traceback(app, f"{line}: {redact_text(app, named(error))}", error)
             _log.error("%s", line, exc_info=traced)
 
@@ -216,22 +215,28 @@ def _run(hook: Hook, outcome: TaskOutcome) -> None:
     returned = hook(outcome) if _is_async(hook) else _run_in_thread(hook, outcome)
     if inspect.isawaitable(returned):
         task = outcome.task
-        waiting = _within(task.hook_time_limit, returned)
+        waiting = _within(task.hook_time_limit, returned, _name(hook))
         run_coroutine(waiting, name=task.name, grace=task.cleanup_grace, factory=task._loop_factory)
 
 
-async def _within(limit: float, awaitable: Awaitable[object]) -> None:
+def _name(hook: Hook) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+async def _within(limit: float, awaitable: Awaitable[object], name: str) -> None:
     """As a task of the loop, which is left alone if it goes on when it is cancelled."""
-    running = asyncio.ensure_future(_contained(awaitable))
+    contained: Any = _contained(awaitable)
+    contained.__qualname__ = name  # for the log
+    running = asyncio.create_task(contained)
     await asyncio.wait({running}, timeout=limit)
     if not running.done():
         raise HookTimeoutError(f"it did not end within {limit:g} s")
     running.result()
 
 
-async def _contained(awaitable: Awaitable[object]) -> None:
+async def _contained(awaitable: Awaitable[object]) -> object:
     try:
-        await awaitable
+        return await awaitable
     except (Exception, asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:  # which would end the loop

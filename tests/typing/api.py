@@ -30,6 +30,7 @@ from rhesis_tasks import (
     tenant_session,
 )
 from rhesis_tasks.ddl import DisableRLS, EnableRLS
+from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure, on_tenant_retry, on_tenant_success
 from rhesis_tasks.models import TenantMixin, tenant_column
 from rhesis_tasks.retry import DATABASE, HTTP, NO_RETRY, GiveUp, RetryLater, http_retry_after, retry_policy_named
 from rhesis_tasks.rls import disable_rls_statements, enable_rls
@@ -151,6 +152,40 @@ class ByTenant(BaseTask):
     def retry_policy(self, tenant: TenantContext | None) -> RetryPolicy:
         """Which."""
         return DATABASE | HTTP if tenant else NO_RETRY
+
+
+class Telling(BaseTask):
+    """One with hooks, of either kind."""
+
+    def on_tenant_success(self, outcome: TaskOutcome) -> None:
+        """A plain one."""
+        assert_type(outcome.key, str)
+        assert_type(outcome.tenant, TenantContext | None)
+
+    async def on_tenant_failure(self, outcome: TaskOutcome) -> None:
+        """An asynchronous one."""
+        assert_type(outcome.error, BaseException | None)
+
+    @tenant_session
+    def on_tenant_retry(self, db: Session, outcome: TaskOutcome) -> None:
+        """One with a session."""
+
+
+@on_tenant_success(app)
+@on_tenant_retry(app, task="reports.*", error=OSError)
+def tell(outcome: TaskOutcome) -> None:
+    """Of an application."""
+
+
+@on_tenant_failure(app, task="reports.*", error=(OSError, ValueError))
+async def tell_later(outcome: TaskOutcome) -> None:
+    """An asynchronous one of an application."""
+
+
+@on_tenant_failure(app)
+@tenant_session
+def write(db: Session, outcome: TaskOutcome) -> None:
+    """One with a session."""
 
 
 def launching() -> None:

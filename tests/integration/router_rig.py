@@ -69,10 +69,15 @@ def launch(app: Celery, tenant: TenantContext, task_id: str, *, name: str = "wor
 def move(app: Celery, tenant: TenantContext, task_id: str, state: State, **values: Any) -> str:
     """A launched task in a state."""
     launch(app, tenant, task_id)
+    change(app, tenant, task_id, state, **values)
+    return task_id
+
+
+def change(app: Celery, tenant: TenantContext, task_id: str, state: State, **values: Any) -> None:
+    """Move a task that is there."""
     app.backend.records.change(
         tenant.organization_id, StateChange(task_id=task_id, transition=TO[state], user_id=tenant.user_id, **values)
     )
-    return task_id
 
 
 def succeed(app: Celery, tenant: TenantContext, task_id: str, result: Any) -> str:

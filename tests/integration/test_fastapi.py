@@ -150,6 +150,7 @@ def test_a_task_is_shown_to_its_tenant_from_the_launch_on(client: TestClient, pa
         "organization_id": "tenant-a",
         "user_id": "ann",
         "started_at": None,
+        "last_started_at": None,
         "finished_at": None,
     }
 
@@ -181,7 +182,7 @@ def test_results_and_errors_are_shown(client: TestClient, celery_app: Celery) ->
 
     assert (done["state"], done["result"], done["error"]) == ("success", {"answer": 42}, None)
     assert (failed["state"], failed["result"]) == ("failure", None)
-    assert failed["error"] == {"type": "ValueError", "message": "no good 1"}
+    assert failed["error"] == {"type": "ValueError", "message": "no good 1", "reason": None}
     assert failed["organization_id"] == "tenant-a"
 
 

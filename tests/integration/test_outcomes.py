@@ -527,7 +527,9 @@ def test_tenant_hooks_run_where_the_task_has_ended_or_in_a_task_if_the_main_proc
         for line in outcome.hooks(task_id):
             told = line["what"].rpartition(" ")[2]
             by_task = told in outcome.expected.told_by_task.split()
-            assert line["run_by"] == ("rhesis_tasks.run_hooks" if by_task else getattr(rig.tasks, ending).name)
+            assert line["run_by"] == getattr(rig.tasks, ending).name, (
+                "hooks that a task runs have their own task's request"
+            )
             assert line["main"] == (rig.pool != "prefork")
             assert by_task or line["pid"] == bodies[line["retries"]] or told == "success"
 

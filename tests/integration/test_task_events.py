@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from celery import Celery
 from fastapi import FastAPI
-from router_rig import ANN, BOB, api_of, client_of, fail, launch, move, succeed, with_work
+from router_rig import ANN, BOB, api_of, change, client_of, fail, launch, move, succeed, with_work
 
 from rhesis_tasks import TenantContext, fastapi, streaming, tenant_scope
 from rhesis_tasks.headers import Progress
@@ -80,7 +80,7 @@ class Stream:
         return self.events[number][1]
 
     def to_its_end(self) -> list[tuple[str, dict[str, Any]]]:
-        self._thread.join(10)
+        self._thread.join(30)
         assert self.has_ended, self.events
         return self.events
 
@@ -148,12 +148,12 @@ def test_each_change_of_state_or_progress_is_an_event_until_the_task_has_ended(a
     launch(app, ANN, "task")
     with follow(ANN, "task") as stream:
         assert stream.next(0)["state"] == "queued"
-        move(app, ANN, "task", State.STARTED)
+        change(app, ANN, "task", State.STARTED)
         assert stream.next(1)["state"] == "started"
         for number in (1, 2):
             report(app, ANN, "task", number)
             assert stream.next(1 + number)["progress"] == {"done": number, "total": 3, "message": f"ann at {number}"}
-        move(app, ANN, "task", State.RETRY, retries=1)
+        change(app, ANN, "task", State.RETRY, retries=1)
         assert stream.next(4)["state"] == "retry"
         succeed(app, ANN, "task", {"count": 3})
         events = stream.to_its_end()

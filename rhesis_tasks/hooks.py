@@ -328,8 +328,15 @@ def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
         "countdown": outcome.countdown,
         "duration": outcome.duration,
     }
-    destination = {key: delivery[key] for key in ("exchange", "routing_key") if delivery.get(key) is not None}
-    task.app.tasks[RUN_HOOKS].apply_async((told,), **destination)
+    task.app.tasks[RUN_HOOKS].apply_async((told,), **_destination(delivery))
+
+
+def _destination(delivery: Mapping[str, Any]) -> dict[str, Any]:
+    """To where a message came from.  Celery takes no exchange for the default queue's."""
+    exchange, routing_key = delivery.get("exchange"), delivery.get("routing_key")
+    if not exchange:
+        return {"queue": routing_key} if routing_key else {}
+    return {"exchange": exchange, "routing_key": routing_key}
 
 
 def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -> None:

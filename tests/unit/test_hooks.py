@@ -879,3 +879,17 @@ def test_an_eager_task_that_is_refused_has_no_hooks(observed: Celery, seen: list
 
     assert isinstance(result.result, MissingTenantError)
     assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("delivery", "destination"),
+    [
+        ({"exchange": "", "routing_key": "custom"}, {"queue": "custom"}),
+        ({"exchange": "jobs", "routing_key": "a.b"}, {"exchange": "jobs", "routing_key": "a.b"}),
+        ({}, {}),
+    ],
+)
+def test_the_task_that_tells_goes_to_where_the_message_came_from(
+    delivery: dict[str, str], destination: dict[str, str]
+) -> None:
+    assert hooks._destination(delivery) == destination

@@ -38,14 +38,16 @@ def policies() -> Policies:
     return Policies()
 
 
-def attempts(app: Celery, work_off: Any, tenant: TenantContext | None = ACME, **options: Any) -> int:
+def attempts(
+    app: Celery, work_off: Any, tenant: TenantContext | None = ACME, error: type[Exception] = ValueError, **options: Any
+) -> int:
     """How often a task runs that fails every time."""
     begun = []
 
     @app.task(**{"base": BaseTask, "name": "fail", "lazy": False, **options})
     def fail() -> None:
         begun.append(1)
-        raise ValueError("every time")
+        raise error("every time")
 
     if tenant is None:
         fail.delay()
@@ -175,19 +177,16 @@ def broken(task: Any, tenant: Any) -> RetryPolicy:
 def test_where_a_method_says_no_policy_the_default_counts_and_that_is_logged(
     app: Celery,
     work_off: Any,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     policy: Any,
     text: str,
 ) -> None:
-    monkeypatch.setattr("rhesis_tasks.retrying.DEFAULT", TWICE)
-
     with caplog.at_level(logging.ERROR, logger="rhesis_tasks.retrying"):
-        assert attempts(app, work_off, retry_policy=policy) == 3
+        assert attempts(app, work_off, error=ConnectionError, retry_policy=policy) == 1 + DEFAULT.max_retries
 
     logged = [record for record in caplog.records if record.name == "rhesis_tasks.retrying"]
-    assert [text in record.getMessage() for record in logged] == [True] * 3
-    assert [record.exc_info is not None for record in logged] == [policy is broken] * 3
+    assert [text in record.getMessage() for record in logged] == [True] * 4
+    assert [record.exc_info is not None for record in logged] == [policy is broken] * 4
 
 
 # --- definitions -----------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class TaskError(BaseModel):
 
     type: str = Field(description="The exception's class", examples=["ValueError"])
     message: str = Field(description="The exception's message")
-    reason: str | None = Field(None, description="Why there is no other attempt, or when it is")
+    reason: str | None = Field(None, description="Why there is no other attempt; null while there is")
 
 
 class TaskProgress(BaseModel):

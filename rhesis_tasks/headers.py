@@ -90,7 +90,7 @@ class RequestState:
     has_ended: bool = False  #: ... and nothing may have it run again
     began_at: float | None = None  #: when its body did, by time.monotonic()
     first_at: int | None = None  #: when the body of its first attempt did, in milliseconds since 1970
-    reason: str | None = None  #: why a failed attempt is the last one, or when the next one is
+    reason: str | None = None  #: why a failed attempt is the last one
     has_retried: bool = False  #: its body has called self.retry()
     thread: int | None = None  #: in which its body runs
     sessions: Any = None  #: that its body has opened there

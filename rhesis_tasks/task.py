@@ -466,7 +466,7 @@ class BaseTask(ContextTask):
 
         It reports the task's progress, and begins no more items once the task is asked to abort::
 
-            async for outcome in self.batch(evaluate, prompts, limit=100, retry_policy=DEFAULT):
+            async for outcome in self.batch(evaluate, prompts, limit=100, retry_policy=HTTP):
                 store(outcome.item, outcome.value())
 
         Args:

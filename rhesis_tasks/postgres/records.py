@@ -55,7 +55,7 @@ class TaskRecord:
     error_type: str | None
     error_message: str | None
     traceback: str | None
-    failure_reason: str | None  #: why no other attempt was made, or what the next one waits for
+    failure_reason: str | None  #: why no other attempt was made
     progress_done: int | None  #: as the task reports it
     progress_total: int | None
     progress_message: str | None

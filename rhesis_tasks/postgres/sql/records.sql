@@ -40,7 +40,7 @@ ALTER TABLE @schema@.task_record
 -- Since version 4.
 ALTER TABLE @schema@.task_record
     ADD COLUMN IF NOT EXISTS last_started_at timestamptz,  -- of the last attempt
-    ADD COLUMN IF NOT EXISTS failure_reason  text;         -- why there is no other attempt, or when the next one is due
+    ADD COLUMN IF NOT EXISTS failure_reason  text;         -- why there is no other attempt
 CREATE INDEX IF NOT EXISTS task_record_finished_at ON @schema@.task_record (finished_at);
 CREATE INDEX IF NOT EXISTS task_record_unfinished ON @schema@.task_record (launched_at) WHERE finished_at IS NULL;
 CREATE INDEX IF NOT EXISTS task_record_launched_at

@@ -15,6 +15,7 @@ __all__ = [
     "ConfigurationError",
     "ContextError",
     "DatabaseUnavailableError",
+    "DeadLetterError",
     "HeaderError",
     "IllegalTransitionError",
     "InvalidProgressError",
@@ -156,6 +157,10 @@ class SchemaError(ConfigurationError):
         self.found = found
         self.needed = needed
         super().__init__(message)
+
+
+class DeadLetterError(RhesisTasksError):
+    """The task's message was delivered too often in vain, and was given up: it is a dead letter."""
 
 
 class HookTimeoutError(RhesisTasksError, TimeoutError):

@@ -26,6 +26,7 @@ _REASONS: Final[Mapping[str, str]] = {
     "WorkerLostError": "the process that ran it was lost",
     "Terminated": "the process that ran it was ended",
     "Reject": "it rejected its message",
+    "DeadLetterError": "its message was given up",
     "EncodeError": "its result cannot be stored",
     "ChordError": "a part of its chord failed, and it was not run",
     "NotRegistered": "the worker has no such task",

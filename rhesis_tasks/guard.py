@@ -6,15 +6,18 @@ A step of the consumer's, added to the application's blueprint.  What becomes of
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task, bootsteps
 from celery.utils.imports import symbol_by_name
+from celery.utils.objects import Bunch
 from typing_extensions import override
 
-from .context import exactly
+from .context import TenantContext, exactly
+from .errors import DeadLetterError
 from .headers import decode, find
 from .hooks import has_async_hooks
 from .outcomes import log_unknown
@@ -46,6 +49,9 @@ class Guard(bootsteps.StartStopStep):
     @override
     def start(self, parent: Any) -> None:
         refuse_async_tasks(parent.app, type(parent.pool).__module__.rpartition(".")[2])
+        transport = parent.connection.transport
+        if hasattr(transport, "on_dead"):
+            transport.on_dead = functools.partial(_give_up, parent)
         if signer_of(parent.app) is not None:
             refuse_to_start(parent.app)
             if getattr(parent, "gossip", None) is not None:
@@ -76,14 +82,44 @@ def _fail_unknown(name: str, headers: Any, handle: Callable[[], Any]) -> Any:
 
     Its line quotes the message, and with it the arguments: ours takes its place.
     """
-    try:
-        found = find(headers)
-        tenant = None if found is None else decode(found).tenant
-    except Exception:  # whatever a message brings along
-        tenant = None
-    with exactly(tenant):
+    with exactly(_tenant_in(headers)):
         log_unknown(name, headers.get("id"))
         return handle()
+
+
+def _tenant_in(headers: Any) -> TenantContext | None:
+    try:
+        found = find(headers)
+        return None if found is None else decode(found).tenant
+    except Exception:  # whatever a message brings along
+        return None
+
+
+def _give_up(parent: Any, message: Message, reason: str) -> None:
+    """Store the failure of a task whose message the broker gives up, and tell those who wait for it."""
+    from .request import ContextRequest
+
+    headers: object = message.headers
+    name = headers.get("task") if isinstance(headers, dict) else None
+    if not isinstance(headers, dict) or not isinstance(name, str) or not name:
+        return  # no task's
+    error = DeadLetterError(f"its message was given up: {reason}")
+    task = parent.app.tasks.get(name)
+    if task is None:
+        signer = signer_of(parent.app)
+        if signer is None or signer.accepts(message):
+            # As Celery has it for tasks that it does not know.
+            unknown = Bunch(name=name, task=name, chord=None, root_id=headers.get("root_id"), errbacks=None)
+            with exactly(_tenant_in(headers)):
+                parent.app.backend.mark_as_failure(headers["id"], error, request=unknown)
+        return
+    request = symbol_by_name(task.Request)(
+        message, app=parent.app, hostname=parent.hostname, eventer=parent.event_dispatcher, task=task
+    )
+    if isinstance(request, ContextRequest):
+        request.give_up(error)
+    else:
+        task.backend.mark_as_failure(request.id, error, request=request._context, store_result=request.store_errors)
 
 
 def _names_no_arguments(record: logging.LogRecord) -> bool:

@@ -67,6 +67,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
                 _check_form(self._request_dict, self._payload)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise InvalidTaskError(f"{type(error).__name__}: {error}") from error
+        if (message.delivery_info or {}).get("is_due"):
+            self._eta = None  # the broker has waited for it, by a clock that may not be ours
 
     @contextmanager
     def _as_launched(self) -> Iterator[None]:
@@ -122,6 +124,13 @@ class ContextRequest(_Request):  # type: ignore[misc]
         """A task whose message is rejected for good has failed; Celery 5.6 takes no notice of it."""
         self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=self.store_errors)
         self.tell(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """Its message will not be delivered any more: it has failed."""
+        with self._as_launched(), self._deciding(error):
+            self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=self.store_errors)
+            self.send_event("task-failed", exception=f"{type(error).__name__}()", traceback="")
+            self.tell(error)
 
     @override
     def on_timeout(self, soft: bool, timeout: float) -> None:

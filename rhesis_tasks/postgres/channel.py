@@ -5,8 +5,9 @@ Only adapts: :mod:`.queue` has the statements, :mod:`.consumer` the consuming.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from amqp.protocol import queue_declare_ok_t
 from kombu.exceptions import ChannelError
@@ -26,9 +27,13 @@ __all__ = ["Channel", "in_other_form", "not_found"]
 
 _log = get_logger(__name__)
 
+UNREADABLE: Final = "it could not be read"
+# Times far off are none that PostgreSQL could add to its own.
+_LONGEST_DELAY: Final = 1000 * 365.25 * 86_400.0
+
 
 class Message(virtual.Message):
-    """A message that is set aside, not acknowledged, if its body cannot be read."""
+    """A message that is buried, not acknowledged, if its body cannot be read."""
 
     def __init__(self, payload: dict[str, Any], channel: Channel, claimed: Claimed) -> None:
         super().__init__(payload, channel=channel)
@@ -80,20 +85,14 @@ class QoS(virtual.QoS):
         if message is None:
             return
         if requeue:
-            self.channel.transport.consumer.release([message.claimed])
+            self.channel.transport.consumer.release([message.claimed], reason="its worker gave it back")
         else:
             self._done(message)
 
     def _done(self, message: Message) -> None:
         consumer = self.channel.transport.consumer
         if message.is_unreadable:
-            _log.error(
-                "message %d of queue %r cannot be read and was set aside: %.200r",
-                message.claimed.id,
-                message.claimed.queue,
-                message.claimed.envelope,
-            )
-            consumer.set_aside(message.claimed)
+            consumer.bury(message.claimed, UNREADABLE)
         else:
             consumer.ack(message.claimed)
 
@@ -271,6 +270,8 @@ class Channel(virtual.Channel):
             task_id=_text(headers.get("id")),
             task_name=_text(headers.get("task")),
             ttl=int(expiration) / 1000 if expiration else None,
+            delay=_seconds_until(headers.get("eta")),
+            lapse=_seconds_until(headers.get("expires")),
             launch=launch_of(headers.get("id"), self.connection.place),
         )
         if routed is None:
@@ -310,18 +311,20 @@ class Channel(virtual.Channel):
         return None
 
     def received(self, delivery: Delivery) -> Message | None:
-        """The message of a delivery, counted as delivered; None if it cannot be read and was set aside."""
+        """The message of a delivery, counted as delivered; None if it cannot be read and was buried."""
         claimed = delivery.message
         try:
-            payload = _payload(claimed)
-            message = Message(payload, self, claimed)
+            message = self.readable(claimed)
         except Exception as error:
-            _log.error("message %d of queue %r cannot be read and was set aside: %r", claimed.id, claimed.queue, error)
-            self.transport.consumer.set_aside(claimed)
+            self.transport.consumer.bury(claimed, f"{UNREADABLE}: {error!r}")
             return None
         if not delivery.subscription.no_ack:
             self.qos.append(message, message.delivery_tag)
         return message
+
+    def readable(self, claimed: Claimed) -> Message:
+        """A claimed message in kombu's form."""
+        return Message(_payload(claimed), self, claimed)
 
     def basic_qos(self, prefetch_size: int = 0, prefetch_count: int = 0, apply_global: bool = False) -> None:
         """Limit the unacknowledged messages of this channel; 0 is no limit."""
@@ -350,6 +353,7 @@ def _payload(claimed: Claimed) -> dict[str, Any]:
         **properties["delivery_info"],
         "queue": claimed.queue,
         "redelivered": claimed.deliveries > 1,
+        "is_due": claimed.is_due,
     }
     return {**envelope, "body": claimed.body}
 
@@ -358,6 +362,19 @@ def _organization(headers: Mapping[str, Any]) -> str | None:
     """Whose message it is, for the queue to be fair by."""
     own = find(headers)
     return _text(own.get("organization_id")) if isinstance(own, Mapping) else None
+
+
+def _seconds_until(time: object) -> float | None:
+    """How long it is until a task's ETA or expiry by this process's clock; None if it says none that can be read."""
+    if not isinstance(time, str):
+        return None
+    try:
+        then = datetime.datetime.fromisoformat(time)
+    except ValueError:
+        return None
+    now = datetime.datetime.now(datetime.UTC)
+    seconds = (then if then.tzinfo else then.replace(tzinfo=datetime.UTC)) - now
+    return max(-_LONGEST_DELAY, min(seconds.total_seconds(), _LONGEST_DELAY))
 
 
 def _text(value: Any) -> str | None:

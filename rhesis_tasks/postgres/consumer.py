@@ -19,6 +19,7 @@ from typing import Final
 
 from ..errors import DatabaseUnavailableError
 from .listener import Listener
+from .places import Places
 from .queue import Claimed, Late, MessageQueue
 
 __all__ = ["Consumer", "Delivery", "Subscription"]
@@ -38,6 +39,9 @@ _UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
 # If no more may be held, the next acknowledgement makes us look; until then only for what is taken for good.
 _PAUSE_WHEN_FULL: Final = 0.05
+# A message that was delivered twice in vain waits so long, in seconds, for a consumer that holds nothing by itself.
+_PATIENCE: Final = 30.0
+_ALONE_FROM: Final = 3  # the delivery from which on nothing else is claimed with a message
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 
@@ -78,8 +82,10 @@ class Consumer:
         name: what the consumer table calls it.
         grace: seconds without a life sign after which what it holds is given to others.
         poll_interval: seconds between two looks at the server where nothing has called.
+        max_deliveries: a message that was delivered so often is not delivered any more, but buried; None is no limit.
         free: how many more messages a group may hold; None is no limit.
         declare: called with a queue's name when the server may have forgotten it.
+        on_dead: called with a message before it is buried, and with the reason.
         on_call: called, in whichever thread, when :meth:`next` has something to do again.
     """
 
@@ -91,20 +97,26 @@ class Consumer:
         name: str,
         grace: float,
         poll_interval: float,
+        max_deliveries: int | None,
         free: Callable[[Hashable], int | None],
         declare: Callable[[str], None],
+        on_dead: Callable[[Delivery, str], None],
         on_call: Callable[[], None],
     ) -> None:
         self._queue = queue
         self._grace = grace
         self._poll_interval = poll_interval
+        self._max_deliveries = max_deliveries
         self._free = free
         self._declare = declare
+        self._on_dead = on_dead
+        self._places = Places()
         self._on_call = on_call
         self._pid = os.getpid()
         self._subscriptions: dict[str, Subscription] = {}
         self._buffer: deque[Delivery] = deque()
         self._held: dict[int, int] = {}  # by claim token, the ids of what was handed out and not acknowledged
+        self._alone: int | None = None  # the token of a message with which nothing else is claimed, while it is held
         self._acks: deque[tuple[int, int]] = deque()
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
         self._waiting_for: set[str] = set()  # queues whose publishers will notify us
@@ -193,7 +205,11 @@ class Consumer:
         try:
             while True:
                 if self._buffer and not self._in_doubt:
-                    return self._hand_out(self._buffer.popleft())
+                    delivery = self._buffer.popleft()
+                    if self._is_dead(delivery.message):
+                        self._give_up(delivery)
+                        continue
+                    return self._hand_out(delivery)
                 self._call.clear()
                 if self.pause <= 0:
                     self._look()
@@ -220,14 +236,44 @@ class Consumer:
             DatabaseUnavailableError: the server cannot be reached.
         """
         subscription = Subscription("", queue, group, no_ack)
-        with self._talking:
-            self._resume()
-            messages = self._exchange([] if no_ack else [queue], 1, take_from=[queue] if no_ack else [], take_slots=1)
-        return self._hand_out(Delivery(subscription, messages[0])) if messages else None
+        while True:
+            with self._talking:
+                self._resume()
+                messages = self._exchange(
+                    [] if no_ack else [queue], 1, take_from=[queue] if no_ack else [], take_slots=1
+                )
+            if not messages:
+                return None
+            delivery = Delivery(subscription, messages[0])
+            if not self._is_dead(delivery.message):
+                return self._hand_out(delivery)
+            self._give_up(delivery)
+
+    def _is_dead(self, message: Claimed) -> bool:
+        return (
+            message.token is not None and self._max_deliveries is not None and message.deliveries > self._max_deliveries
+        )
+
+    def _give_up(self, delivery: Delivery) -> None:
+        """Bury a message that was delivered too often, after those who want to know were told."""
+        message = delivery.message
+        reason = f"it was delivered {message.deliveries - 1} times in vain"
+        if message.last_reason:
+            reason = f"{reason}; last, {message.last_reason}"
+        try:
+            self._on_dead(delivery, reason)
+        except Exception:
+            _log.exception(
+                "message %d of queue %r is given up, but not everybody could be told", message.id, message.queue
+            )
+        self.bury(message, reason)
+        self.look_now()
 
     def _hand_out(self, delivery: Delivery) -> Delivery:
         if delivery.message.token is not None:
             self._held[delivery.message.token] = delivery.message.id
+            if delivery.message.deliveries >= _ALONE_FROM:
+                self._alone = delivery.message.token
         return delivery
 
     def ack(self, message: Claimed) -> None:
@@ -239,24 +285,30 @@ class Consumer:
             if not self._draining:
                 self._listener.poke(_UNATTENDED)
 
-    def release(self, messages: Sequence[Claimed], *, uncounted: bool = False) -> None:
+    def release(self, messages: Sequence[Claimed], *, uncounted: bool = False, reason: str | None = None) -> None:
         """Give messages back to the place they had, to be claimed by whoever comes first.
 
         If the server cannot be reached, they are given back when it is.
+
+        Args:
+            messages: which.
+            uncounted: as if they had not been delivered.
+            reason: why their delivery was in vain.
         """
         claims = [(message.id, message.token) for message in messages if message.token is not None]
         for _, token in claims:
             self._held.pop(token, None)
         if claims:
             with self._or_when_it_is_back():
-                self._queue.release(claims, uncounted=uncounted)
+                self._queue.release(claims, uncounted=uncounted, reason=reason)
 
-    def set_aside(self, message: Claimed) -> None:
-        """Keep a message that nobody can read, where nobody claims it."""
+    def bury(self, message: Claimed, reason: str) -> None:
+        """Give a message up: it becomes a dead letter, for an operator to look at."""
         if message.token is not None:
             self._held.pop(message.token, None)
+            _log.error("message %d of queue %r is a dead letter now: %s", message.id, message.queue, reason)
             with self._or_when_it_is_back():
-                self._queue.set_aside(message.id, message.token)
+                self._queue.bury(message.id, message.token, reason)
 
     @contextmanager
     def _or_when_it_is_back(self) -> Iterator[None]:
@@ -345,13 +397,24 @@ class Consumer:
     def _exchange(self, claim_from: list[str], slots: int, *, take_from: list[str], take_slots: int) -> list[Claimed]:
         """Acknowledge what was done for what waits."""
         acks = self._taken_acks()
+        places, began = self._places.starts(claim_from), time.monotonic()
         try:
             messages, late = self._queue.claim(
-                self.number, claim_from, slots, take_from=take_from, take_slots=take_slots, acks=acks
+                self.number,
+                claim_from,
+                slots,
+                take_from=take_from,
+                take_slots=take_slots,
+                acks=acks,
+                has_none=not self._held and all(each.message.token is None for each in self._buffer),
+                max_deliveries=self._max_deliveries,
+                patience=_PATIENCE,
+                places=places,
             )
         except BaseException:
             self._keep_for_later(acks)
             raise
+        self._places.claimed(places, messages, began)
         self._tell_late(late)
         return messages
 
@@ -369,12 +432,21 @@ class Consumer:
 
     def _room(self) -> dict[Hashable, int]:
         """How many more messages those who share a limit may hold."""
+        if self._is_alone:
+            return {}
         ahead = Counter(each.subscription.group for each in self._buffer if not each.subscription.no_ack)
         room = {}
         for group in {each.group: None for each in self._subscriptions.values() if not each.no_ack}:
             free = self._free(group)
             room[group] = BATCH if free is None else min(BATCH, free - ahead[group])
         return room
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether we have a message with which nothing else may be claimed."""
+        if self._alone is not None and self._alone in self._held:
+            return True
+        return any(each.message.token is not None and each.message.deliveries >= _ALONE_FROM for each in self._buffer)
 
     def _schedule(self, taken_from: set[str], claimed_from: set[str], full: bool) -> None:
         """Ask to be notified, and decide when to look again.
@@ -403,6 +475,8 @@ class Consumer:
                     raise
             pause = self._looks.popleft() if self._looks else self._poll_interval
         self._next_look = time.monotonic() + pause
+        if self._places.again_at > time.monotonic():  # we have not seen all that is there
+            self._next_look = min(self._next_look, self._places.again_at)
 
     def look_now(self) -> None:
         """Look at the server with the next call of :meth:`next`: there may be something, or more may be held."""

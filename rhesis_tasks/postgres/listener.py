@@ -26,6 +26,8 @@ __all__ = ["Listener"]
 
 _log = logging.getLogger(__name__)
 
+_PROMOTED_AT_ONCE: Final = 1000
+_LONGEST_UNTIL_PROMOTED: Final = 0.5  # seconds, of a message that came to be due sooner than all that we know of
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
@@ -71,6 +73,7 @@ class Listener:
         self._warned = False
         self._again_at = 0.0
         self._turn_at = math.inf
+        self._promote_at = math.inf  # if it is for us to let messages be claimed when they are due
         self.kept_at = 0.0  #: when the server last heard of us
         self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
         self.listening = False  #: whether notifications reach us
@@ -179,9 +182,11 @@ class Listener:
             selector.register(self._read_end, selectors.EVENT_READ, self._drain)
             selector.register(self._queue.connection.fileno(), selectors.EVENT_READ, self._queue.connection.receive)
             while not self._stopping.is_set() and (remaining := self._again_at - time.monotonic()) > 0:
-                for key, _ in selector.select(min(remaining, max(0.0, self._turn_at - time.monotonic()))):
+                pause = min(self._turn_at, self._promote_at) - time.monotonic()
+                for key, _ in selector.select(min(remaining, max(0.0, pause))):
                     key.data()
                 self._turn()
+                self._promote()
 
     def _drain(self) -> None:
         with suppress(BlockingIOError):
@@ -193,11 +198,24 @@ class Listener:
             self._turn_at = math.inf
             self._on_turn()
 
+    def _promote(self) -> None:
+        began = time.monotonic()
+        if self._promote_at <= began and not self._stopping.is_set():
+            next_due = self._queue.promote(_PROMOTED_AT_ONCE)
+            now = time.monotonic()
+            pause = _LONGEST_UNTIL_PROMOTED if next_due is None else min(next_due, _LONGEST_UNTIL_PROMOTED)
+            # Looking may take long while the server cannot remove what is gone: not all of the time, then.
+            self._promote_at = now + (pause if next_due == 0 else max(pause, 10 * (now - began) - 0.1))
+
     def _keep(self) -> None:
         if self._stopping.is_set():
             return
         self._on_turn()
-        kept = self._queue.keep(self._consumer, self._grace)
+        kept = self._queue.tend(self._consumer, self._grace)
+        if not kept.promotes:
+            self._promote_at = math.inf
+        elif self._promote_at == math.inf:
+            self._promote_at = 0.0
         self.kept_at = time.monotonic()
         self._again_at = time.monotonic() + kept.again_in
         if self._queue.connection.is_pooled:

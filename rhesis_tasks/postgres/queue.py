@@ -7,22 +7,32 @@ Celery and kombu.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from ..settings import quote_identifier
 from .connection import Connection
 from .launching import Launch
 
-__all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH", "QueueForm"]
+__all__ = ["Claimed", "Exchange", "Kept", "Late", "MessageQueue", "PUBLISH", "Place", "QueueForm"]
 
-PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s)"
+PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s, %s, %s)"
 """The statement that publishes; ``{schema}`` is the schema's quoted name."""
 
 _PUBLISH_WITH_RECORD: Final = PUBLISH.replace(
     "SELECT ", "SELECT {schema}.record_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s), ", 1
 )
+
+
+class Place(NamedTuple):
+    """Where a message is in the order of delivery of its queue."""
+
+    priority: int  #: negative: those of high priority come first
+    start: float
+    id: int
 
 
 class Claimed(NamedTuple):
@@ -34,6 +44,9 @@ class Claimed(NamedTuple):
     deliveries: int  #: how often it was delivered, this time included
     envelope: str  #: JSON
     body: bytes
+    place: Place | None = None  #: None if it was not found in the order of delivery
+    is_due: bool = False  #: it was delayed, and its time has come by the server's clock
+    last_reason: str | None = None  #: why the last of its deliveries was in vain, if it is to be buried
 
 
 class Late(NamedTuple):
@@ -68,6 +81,7 @@ class Kept(NamedTuple):
     known: bool  #: False once it was reaped
     locked: bool  #: whether the session holds its lock
     again_in: float  #: seconds until it is to say so again
+    promotes: bool  #: whether it is the one that lets messages be claimed when they are due
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +115,8 @@ class MessageQueue:
         task_id: str | None = None,
         task_name: str | None = None,
         ttl: float | None = None,
+        delay: float | None = None,
+        lapse: float | None = None,
         launch: Launch | None = None,
     ) -> int | None:
         """Publish a message; it is committed when this returns.
@@ -110,13 +126,15 @@ class MessageQueue:
             envelope: JSON.
             priority: 0 to 9; higher ones go first.
             ttl: seconds after which it goes if nobody claimed it.
+            delay: seconds for which nobody claims it.
+            lapse: seconds after which it is of no use any more; if that is before the delay's end, it is claimed then.
             launch: recorded with it; then it is known whether the task was new.
 
         Returns:
             How many queues got it; None if there is no such exchange.
         """
         schema = quote_identifier(self.schema)
-        values = (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl)
+        values = (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl, delay, lapse)
         if launch is None:
             return self.connection.query(PUBLISH.format(schema=schema), values)[0][0]  # type: ignore[no-any-return]
         rows = self.connection.query(_PUBLISH_WITH_RECORD.format(schema=schema), (*launch.values, *values))
@@ -161,7 +179,7 @@ class MessageQueue:
         return bool(self._value("queue_exists", name))
 
     def size(self, name: str) -> int:
-        """How many messages wait in a queue."""
+        """How many messages wait in a queue; not those that are delayed."""
         return int(self._value("queue_size", name))
 
     def bind(self, queue: str, exchange: str, routing_key: str) -> bool:
@@ -179,7 +197,7 @@ class MessageQueue:
         return [(queue, exchange, routing_key) for queue, exchange, routing_key in self._call("bindings")]
 
     def purge(self, name: str) -> int:
-        """Delete the messages of a queue that nobody has claimed; returns how many."""
+        """Delete the messages of a queue that wait or are delayed; returns how many."""
         return int(self._value("purge", name))
 
     def delete_queue(self, name: str, if_unused: bool = False, if_empty: bool = False) -> int | None:
@@ -241,6 +259,10 @@ class MessageQueue:
         take_from: Sequence[str] = (),
         take_slots: int = 0,
         acks: Sequence[tuple[int, int]] = (),
+        has_none: bool = False,
+        max_deliveries: int | None = None,
+        patience: float = math.inf,
+        places: Mapping[str, Place] = MappingProxyType({}),
     ) -> tuple[list[Claimed], list[Late]]:
         """Acknowledge what was done, and claim what waits, in one commit.
 
@@ -251,24 +273,33 @@ class MessageQueue:
             take_from: queues from which messages are taken for good, without a claim.
             take_slots: how many to take at most.
             acks: (id, token) of messages that were done.
+            has_none: whether the consumer holds nothing but what it acknowledges.  Only then it may get a message that
+                was delivered twice in vain, and nothing else with it.
+            max_deliveries: a message that was delivered so often is claimed to be buried: its ``deliveries`` are more.
+            patience: seconds after which a message that was delivered twice in vain lets those who hold something claim
+                no more until they hold nothing.
+            places: from where to walk a queue; others are walked from the beginning.
 
         Returns:
             The messages in the order of delivery, taken ones first; and the acknowledgements that came too late.
         """
         ids, tokens = [id for id, _ in acks], [token for _, token in acks]
+        starts = [places.get(queue) for queue in queues]
         rows = self.connection.query(
-            f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s)",  # noqa: S608
-            (consumer, ids, tokens, list(queues), slots, list(take_from), take_slots),
+            f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s, "  # noqa: S608
+            "%s, %s, %s, %s::smallint[], %s::double precision[], %s::bigint[])",
+            (
+                *(consumer, ids, tokens, list(queues), slots, list(take_from), take_slots),
+                *(has_none, max_deliveries, patience),
+                *([None if place is None else place[part] for place in starts] for part in range(3)),
+            ),
         )
         late = [Late(id, token, bool(is_there)) for id, queue, token, is_there, *_ in rows if queue is None]
         order = {queue: number for number, queue in enumerate((*take_from, *queues))}
         messages = sorted(
             (row for row in rows if row[1] is not None), key=lambda row: (row[2] is not None, order[row[1]], row[4])
         )
-        return [
-            Claimed(id, queue, token, deliveries, envelope, body)
-            for id, queue, token, deliveries, _, envelope, body in messages
-        ], late
+        return [_claimed(*row) for row in messages], late
 
     def ack(self, acks: Sequence[tuple[int, int]]) -> list[Late]:
         """Acknowledge messages; returns those whose claim was no longer theirs."""
@@ -279,17 +310,18 @@ class MessageQueue:
         )
         return [Late(*row) for row in rows]
 
-    def release(self, claims: Sequence[tuple[int, int]], *, uncounted: bool = False) -> int:
+    def release(self, claims: Sequence[tuple[int, int]], *, uncounted: bool = False, reason: str | None = None) -> int:
         """Give claimed messages back to the place they had; returns how many were still claimed.
 
         Args:
             claims: (id, token) of each.
             uncounted: as if they had not been delivered.
+            reason: why their delivery was in vain.
         """
         return int(
             self.connection.query(
-                f"SELECT {quote_identifier(self.schema)}.release(%s::bigint[], %s::bigint[], %s)",
-                ([id for id, _ in claims], [token for _, token in claims], uncounted),
+                f"SELECT {quote_identifier(self.schema)}.release(%s::bigint[], %s::bigint[], %s, %s)",
+                ([id for id, _ in claims], [token for _, token in claims], uncounted, reason),
             )[0][0]
         )
 
@@ -301,9 +333,9 @@ class MessageQueue:
         )
         return {token for (token,) in rows}
 
-    def set_aside(self, id: int, token: int) -> None:
-        """Put a claimed message that cannot be read where nobody claims it, for an operator to look at."""
-        self._call("set_aside", id, token)
+    def bury(self, id: int, token: int, reason: str) -> bool:
+        """Give a claimed message up, with the reason: a dead letter; returns whether it was still claimed."""
+        return bool(self._value("bury", id, token, reason))
 
     def wait_for(self, consumer: int, queues: Sequence[str], *, pass_on: Sequence[str] = ()) -> None:
         """Ask to be notified of messages in these queues, and in no others.
@@ -316,9 +348,30 @@ class MessageQueue:
         """
         self._call("wait_for", consumer, list(queues), list(pass_on))
 
-    def keep(self, consumer: int, grace: float) -> Kept:
+    def tend(self, consumer: int, grace: float) -> Kept:
         """Say that a consumer is there, and look after the others; ``grace`` is in seconds."""
-        return Kept(*self._call("keep", consumer, grace)[0])
+        return Kept(*self._call("tend", consumer, grace)[0])
+
+    def promote(self, most: int) -> float | None:
+        """Let messages that are due be claimed, at most so many; returns the seconds until the next one is due."""
+        return self._value("promote", most)  # type: ignore[no-any-return]
+
+
+def _claimed(
+    id: int,
+    queue: str,
+    token: int | None,
+    deliveries: int,
+    _: int,
+    envelope: str,
+    body: bytes,
+    priority: int | None,
+    start: float | None,
+    is_due: bool | None,
+    last_reason: str | None,
+) -> Claimed:
+    place = None if priority is None or start is None else Place(priority, start, id)
+    return Claimed(id, queue, token, deliveries, envelope, body, place, bool(is_due), last_reason)
 
 
 def _pattern(binding_key: str) -> str:

@@ -28,11 +28,11 @@ from kombu.exceptions import OperationalError
 from kombu.utils.encoding import ensure_bytes
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
-from ..errors import ContextError, DatabaseUnavailableError, MissingTenantError, SignatureError
+from ..errors import ContextError, DatabaseUnavailableError, DeadLetterError, MissingTenantError, SignatureError
 from ..failures import reason_of, redact_exception, redact_text, redacts
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
-from ..states import TERMINAL, State, by_celery, expire, to_celery
+from ..states import TERMINAL, State, Transition, bury, by_celery, expire, to_celery
 from .launching import Launch, launching
 from .records import ChordPart, EndedPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
 from .waiting import listener_for
@@ -206,8 +206,7 @@ class PostgresBackend(DatabaseBackend):
             traceback = traceback and redact_text(self.app, traceback)
             error_type, error_message = _error(result)
             reason = (known and known.reason) or (reason_of(error_type) if state == "FAILURE" else None)
-        is_expired = state == "REVOKED" and (error_type, error_message) == ("TaskRevokedError", "expired")
-        transition = expire if is_expired else by_celery(state)
+        transition = _transition(state, error_type, error_message)
         is_custom = to_celery(transition.target) != state
         children = None
         if request is not None and state in self.READY_STATES:
@@ -712,6 +711,15 @@ def _tenant_of(request: Any) -> TenantContext | None:
         return current_tenant() if carried is None else decode(carried).tenant
     except ContextError:
         return None  # the failure of a task whose header nobody can read belongs to no tenant
+
+
+def _transition(state: str, error_type: str | None, error_message: str | None) -> Transition:
+    """What happens to a task; Celery has one state for what we have two for."""
+    if state == "REVOKED" and (error_type, error_message) == ("TaskRevokedError", "expired"):
+        return expire
+    if state == "FAILURE" and error_type == DeadLetterError.__name__:
+        return bury
+    return by_celery(state)
 
 
 def _storable(value: str | None) -> str | None:

@@ -28,9 +28,9 @@ __all__ = [
     "schema_status",
 ]
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks,
-version 4 the reason of a failure."""
+version 4 the reason of a failure, version 5 delayed delivery and dead letters."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""

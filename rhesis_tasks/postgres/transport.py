@@ -8,6 +8,7 @@ Transport options:
     default_schema: where neither says it; ``configure(schema=...)`` gives it, and it wins over RHESIS_TASKS_SCHEMA.
     grace: seconds without a life sign after which a consumer's messages are given to others; 5.
     poll_interval: seconds between two looks at the queues where no notification came; 5.
+    max_deliveries: a message that was delivered so often in vain becomes a dead letter; 5, and None for no limit.
     listen_url: a URL past the connection pooler, for the connection that listens and holds the lock.
 Others, those of other transports and kombu's own, are passed over.
 """
@@ -41,6 +42,7 @@ __all__ = ["Transport"]
 
 GRACE: Final = 5.0
 POLL_INTERVAL: Final = 5.0
+MAX_DELIVERIES: Final = 5
 
 # A worker of Celery before 5.7 acknowledges between two calls of drain_events only, so that these must not be long
 # while work is done.
@@ -74,12 +76,15 @@ class Transport(virtual.Transport):
         self._schema = schema_name(options.pop("schema", None) or in_url or options.pop("default_schema", None))
         self._grace = _seconds(options, "grace", GRACE)
         self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
+        self._max_deliveries = _deliveries(options)
         listen_url = options.pop("listen_url", None)
         self._listen_url = database_url(listen_url) if listen_url else self._url
         #: where it is, to be compared with where records are
         self.place = (rendered(self._url.set(drivername="postgresql")), self._schema)
         self.queue = MessageQueue(self._connection(self._url), self._schema)
         self._consumer: Consumer | None = None
+        #: called with a message that is given up, and why, before it is a dead letter
+        self.on_dead: Callable[[Any, str], None] | None = None
         self._loop = _Loop(self._deliver_some)
         self._receivers: dict[str, Any] = {}  # what gets the messages of a subscription, by its tag
         self._declared: dict[str, tuple[bool, bool, dict[str, Any]]] = {}
@@ -189,8 +194,10 @@ class Transport(virtual.Transport):
                 name=f"{socket.gethostname()}:{os.getpid()}",
                 grace=self._grace,
                 poll_interval=self._poll_interval,
+                max_deliveries=self._max_deliveries,
                 free=_free,
                 declare=self._declare_again,
+                on_dead=self._tell_of_dead,
                 on_call=self._loop.call,
             )
             consumer.start()
@@ -246,6 +253,11 @@ class Transport(virtual.Transport):
         message = channel.received(delivery)
         if message is not None and receiver is not None:
             receiver(message)
+
+    def _tell_of_dead(self, delivery: Delivery, reason: str) -> None:
+        if self.on_dead is not None:
+            channel: Any = delivery.subscription.group
+            self.on_dead(channel.readable(delivery.message), reason)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Deliver messages from inside kombu's event loop, which Celery's worker runs for the prefork pool."""
@@ -364,6 +376,15 @@ def _seconds(options: dict[str, Any], name: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 86_400:
         raise ConfigurationError(f"broker_transport_options[{name!r}] is a number of seconds, not {value!r}")
     return float(value)
+
+
+def _deliveries(options: dict[str, Any]) -> int | None:
+    value = options.pop("max_deliveries", MAX_DELIVERIES)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1_000_000):
+        raise ConfigurationError(
+            f"broker_transport_options['max_deliveries'] is a number of deliveries or None, not {value!r}"
+        )
+    return value
 
 
 def _worker_is_stopping() -> bool:

@@ -192,7 +192,7 @@ def refused_to_web(queue: MessageQueue) -> dict[str, Callable[[], object]]:
         "ack": lambda: queue.ack([(1, 1)]),
         "release": lambda: queue.release([(1, 1)]),
         "agree": lambda: queue.agree(1, []),
-        "set_aside": lambda: queue.set_aside(1, 1),
+        "bury": lambda: queue.bury(1, 1, "for a test"),
         "purge": lambda: queue.purge("orders"),
         "delete_queue": lambda: queue.delete_queue("orders"),
         "delete_exchange": lambda: queue.delete_exchange("shop"),
@@ -205,7 +205,7 @@ def refused_to_web(queue: MessageQueue) -> dict[str, Callable[[], object]]:
         "subscribe": lambda: queue.subscribe(1, "orders"),
         "unsubscribe": lambda: queue.unsubscribe(1, "orders"),
         "wait_for": lambda: queue.wait_for(1, ["orders"]),
-        "keep": lambda: queue.keep(1, 0),
+        "tend": lambda: queue.tend(1, 0),
     }
 
 
@@ -441,7 +441,7 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
     with superuser_of_logins.begin() as admin:
         admin.exec_driver_sql(f"CREATE SCHEMA traps AUTHORIZATION {quote_identifier(logins.worker.role)}")
         admin.exec_driver_sql("GRANT USAGE ON SCHEMA traps TO PUBLIC")
-    tables = ("message", "transient_message", "queue", "binding", "exchange", "consumer", "subscription", "waiter")
+    tables = ("message", "transient_message", "dead_letter", "holders_known", "queue", "binding", "exchange", "consumer", "subscription", "waiter")
 
     with logins.worker.engine.connect() as connection:
 
@@ -471,9 +471,16 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
         first, second = [row for row in got if row[1] is not None]
         run(f"SELECT rhesis_tasks.release('{{{first[0]}}}', '{{{first[1]}}}', true)")
         run(f"SELECT rhesis_tasks.claim(999, '{{{second[0]}}}', '{{{second[1]}}}', '{{trapped}}', 1, '{{}}', 0)")
+        run("SELECT rhesis_tasks.publish('', 'trapped', '{}', 'body', 5, 'acme', 'one', 'work', 60, 0.001, 5)")
+        for places in ("NULL", "1"):
+            run("SELECT rhesis_tasks.claim(999, '{}', '{}', '{trapped}', 9, '{}', 0, true, 5, 1, "
+                f"'{{{places}}}', '{{{places}}}', '{{{places}}}')")  # fmt: skip
         run("SELECT rhesis_tasks.ack('{1}', '{1}')")
         run("SELECT rhesis_tasks.set_aside(1, 1)")
-        run("SELECT rhesis_tasks.release_held('{999}', false)")
+        run("SELECT rhesis_tasks.bury(1, 1, 'for a test')")
+        run("SELECT rhesis_tasks.promote(1)")
+        run("SELECT * FROM rhesis_tasks.tend(999, 0)")
+        run("SELECT rhesis_tasks.release_held(999, NULL)")
         run("SELECT * FROM rhesis_tasks.keep(999, 10)")
         run("SELECT * FROM rhesis_tasks.keep(999, 0)")
         run("SELECT rhesis_tasks.expire_records('infinity')")

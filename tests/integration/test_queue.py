@@ -389,7 +389,7 @@ def test_a_message_that_waited_too_long_is_not_delivered_and_is_deleted_by_a_con
     assert bodies(queue.claim(consumer, [], 0, take_from=["a"], take_slots=1)[0]) == [b"in time"]
     assert bodies(claimed(queue, "a")) == []
 
-    queue.keep(consumer, LONG)
+    queue.tend(consumer, LONG)
 
     assert by_queue(sql) == []
 
@@ -399,7 +399,7 @@ def test_a_message_that_is_claimed_in_time_may_take_as_long_as_it_does(queue: Me
     messages = claimed(queue, "a")
     sql("UPDATE rhesis_tasks.message SET expires_at = clock_timestamp()")
 
-    queue.keep(queue.new_consumer(), LONG)
+    queue.tend(queue.new_consumer(), LONG)
 
     assert by_queue(sql) == ["a"]
     queue.release(claims(messages))
@@ -415,7 +415,7 @@ def test_an_auto_delete_queue_goes_with_its_last_consumer(queue: MessageQueue, s
     queue.bind("replies", "news", "")
     publish(queue, "replies", 2)
     first, second = queue.new_consumer(), queue.new_consumer()
-    queue.keep(first, LONG)
+    queue.tend(first, LONG)
     assert queue.queue_exists("replies"), "nobody has consumed from it yet"
     queue.subscribe(first, "replies")
     queue.subscribe(second, "replies")
@@ -449,7 +449,7 @@ def test_an_auto_delete_queue_goes_with_a_consumer_that(queue: MessageQueue, con
     if goes == "detaches":
         queue.detach(consumer)
     else:
-        queue.keep(queue.new_consumer(), 0)
+        queue.tend(queue.new_consumer(), 0)
 
     assert not queue.queue_exists("replies")
 
@@ -479,7 +479,7 @@ def test_an_expiring_queue_goes_when_it_was_unused_for_so_long(queue: MessageQue
     consumer = queue.new_consumer()
 
     def is_gone() -> bool:
-        queue.keep(consumer, LONG)
+        queue.tend(consumer, LONG)
         return not queue.queue_exists("brief")
 
     wait_until("the queue to go", is_gone, DEADLINE, interval=0.001)
@@ -493,7 +493,7 @@ def test_an_expiring_queue_stays_while_it_is_consumed(queue: MessageQueue, sql: 
     queue.attach(consumer, "here", ["a"])
     sql("UPDATE rhesis_tasks.queue SET used_at = clock_timestamp() - interval '1 hour'")
 
-    queue.keep(consumer, LONG)
+    queue.tend(consumer, LONG)
 
     assert queue.queue_exists("a")
 
@@ -522,7 +522,7 @@ def test_a_message_whose_queue_went_while_it_was_published_goes_too(queue: Messa
     claims_of_gone = claimed(queue, "c", slots=1)
     sql("DELETE FROM rhesis_tasks.queue WHERE name IN ('a', 'c')")
 
-    queue.keep(queue.new_consumer(), LONG)
+    queue.tend(queue.new_consumer(), LONG)
 
     assert by_queue(sql) == ["b", "b", "c", "d", "d"], "what somebody holds stays until it is done"
     queue.ack(claims(claims_of_gone))
@@ -533,16 +533,16 @@ def test_the_time_while_the_server_was_down_is_no_time_without_use(queue: Messag
     queue.declare_queue("a", expires=LONG)
     sql("UPDATE rhesis_tasks.queue SET used_at = pg_postmaster_start_time() - interval '1 day'")
 
-    queue.keep(queue.new_consumer(), LONG)
+    queue.tend(queue.new_consumer(), LONG)
 
     assert queue.queue_exists("a")
 
 
-def test_purging_leaves_what_is_claimed_and_what_was_set_aside(queue: MessageQueue, sql: Sql) -> None:
+def test_purging_leaves_what_is_claimed_and_what_is_buried(queue: MessageQueue, sql: Sql) -> None:
     publish(queue, "a", 4)
     first, second = claimed(queue, "a", slots=2)
     assert first.token is not None
-    queue.set_aside(first.id, first.token)
+    queue.bury(first.id, first.token, "for a test")
 
     assert queue.purge("a") == 2
 
@@ -634,7 +634,7 @@ def test_two_who_acknowledge_one_claim_at_once_are_not_both_in_time(queue: Messa
     assert sorted((each.id, each.token) for each in late) == sorted(acks)
 
 
-@pytest.mark.parametrize("what", ["claim", "ack", "release", "set_aside"])
+@pytest.mark.parametrize("what", ["claim", "ack", "release", "bury"])
 def test_who_has_lost_a_message_to_another_cannot_do_anything_with_it(queue: MessageQueue, sql: Sql, what: str) -> None:
     publish(queue, "a", 2)
     lost = claims(claimed(queue, "a"))
@@ -647,7 +647,7 @@ def test_who_has_lost_a_message_to_another_cannot_do_anything_with_it(queue: Mes
         "claim": lambda: queue.claim(nobody, ["a"], 10, acks=lost),
         "ack": lambda: queue.ack(lost),
         "release": lambda: queue.release(lost),
-        "set_aside": lambda: [queue.set_aside(*each) for each in lost],
+        "bury": lambda: [queue.bury(*each, "late") for each in lost],
     }[what]()
 
     assert sql("SELECT * FROM rhesis_tasks.message ORDER BY id") == before
@@ -658,7 +658,7 @@ def test_who_has_lost_a_message_to_another_cannot_do_anything_with_it(queue: Mes
             "claim": ([], late),
             "ack": late,
             "release": 0,
-            "set_aside": [None, None],
+            "bury": [False, False],
         }[what]
     )
     assert queue.ack(claims(another)) == []
@@ -903,7 +903,7 @@ def reap(queue: MessageQueue, sql: Sql, dead: int, grace: float = 0.0) -> None:
     by = queue.new_consumer()
 
     def is_gone() -> bool:
-        queue.keep(by, grace)
+        queue.tend(by, grace)
         return not is_known(sql, dead)
 
     wait_until(f"consumer {dead} to be taken for dead", is_gone, DEADLINE, interval=0.01)
@@ -933,12 +933,12 @@ def test_who_gives_no_life_sign_is_dead_after_the_grace_period_and_not_before(
     keeper = queue.new_consumer()
 
     for _ in range(3):
-        queue.keep(keeper, LONG)
+        queue.tend(keeper, LONG)
     assert is_known(sql, dead)
     assert queue.size("a") == 0
 
     def is_reaped() -> bool:
-        queue.keep(keeper, 0.05)
+        queue.tend(keeper, 0.05)
         return not is_known(sql, dead)
 
     wait_until("the consumer to be taken for dead", is_reaped, DEADLINE, interval=0.001)
@@ -952,7 +952,7 @@ def test_who_is_dead_is_dead_no_sooner_than_it_was_first_missed(
 ) -> None:
     dead, _ = dead_with_messages(queue, connect(), sql)
 
-    queue.keep(queue.new_consumer(), 0.001)
+    queue.tend(queue.new_consumer(), 0.001)
 
     [(missed,)] = sql("SELECT clock_timestamp() - absent_since < '1 minute' FROM rhesis_tasks.consumer")
     assert missed is True
@@ -962,11 +962,11 @@ def test_who_is_dead_is_dead_no_sooner_than_it_was_first_missed(
 def test_who_comes_back_in_time_keeps_what_it_holds(queue: MessageQueue, connect: Connect, sql: Sql) -> None:
     consumer, messages = dead_with_messages(queue, connect(), sql)
     keeper = queue.new_consumer()
-    queue.keep(keeper, LONG)
+    queue.tend(keeper, LONG)
     assert sql("SELECT count(absent_since) FROM rhesis_tasks.consumer") == [(1,)], "it is missed"
 
     assert connect().attach(consumer, "back", ["a"]) is True
-    queue.keep(keeper, 0)
+    queue.tend(keeper, 0)
 
     assert is_known(sql, consumer)
     assert queue.ack(claims(messages)) == []
@@ -976,12 +976,12 @@ def test_who_comes_back_in_time_keeps_what_it_holds(queue: MessageQueue, connect
 def test_who_has_no_lock_but_says_so_in_time_is_alive(queue: MessageQueue, sql: Sql, sign: str) -> None:
     consumer, keeper = queue.new_consumer(), queue.new_consumer()
     queue.attach(consumer, "behind a pooler", hold_lock=False)
-    queue.keep(keeper, LONG)
+    queue.tend(keeper, LONG)
     assert sql("SELECT count(absent_since) FROM rhesis_tasks.consumer") == [(1,)], "it is missed"
     sql("SELECT pg_advisory_lock(rhesis_tasks.lock_class(), 0)")  # somebody else looks after the others
 
     if sign == "keep":
-        assert queue.keep(consumer, LONG)[:2] == (True, False)
+        assert queue.tend(consumer, LONG)[:2] == (True, False)
     else:
         assert queue.attach(consumer, "behind a pooler", hold_lock=False) is False
 
@@ -992,7 +992,7 @@ def test_a_restart_of_the_server_is_nobodys_death(queue: MessageQueue, connect: 
     consumer, _ = dead_with_messages(queue, connect(), sql)
     sql("UPDATE rhesis_tasks.consumer SET absent_since = pg_postmaster_start_time() - interval '2 hours'")
 
-    queue.keep(queue.new_consumer(), LONG)
+    queue.tend(queue.new_consumer(), LONG)
 
     assert is_known(sql, consumer)
     assert sql("SELECT absent_since > pg_postmaster_start_time() FROM rhesis_tasks.consumer") == [(True,)]
@@ -1004,10 +1004,10 @@ def test_messages_of_a_consumer_that_nobody_knows_are_given_to_others(queue: Mes
     sql("TRUNCATE rhesis_tasks.consumer")  # as a crash of the server does
 
     keeper = queue.new_consumer()
-    queue.keep(keeper, LONG)
+    queue.tend(keeper, LONG)
     assert queue.size("a") == 0, "not before the grace period is over"
 
-    queue.keep(keeper, 0)
+    queue.tend(keeper, 0)
     assert queue.size("a") == 2
 
 
@@ -1016,11 +1016,11 @@ def test_who_was_taken_for_dead_is_told_though_it_has_claimed_something_since(qu
     consumer, keeper = queue.new_consumer(), queue.new_consumer()
     queue.attach(consumer, "slow", hold_lock=False)
     queue.claim(consumer, ["a"], 1)
-    queue.keep(keeper, 0)
+    queue.tend(keeper, 0)
     queue.claim(consumer, ["a"], 1)  # it does not know yet that it was taken for dead
-    queue.keep(keeper, LONG)
+    queue.tend(keeper, LONG)
 
-    assert queue.keep(consumer, LONG).known is False
+    assert queue.tend(consumer, LONG).known is False
 
 
 def test_one_looks_after_the_others_at_a_time_and_nobody_waits_for_it(
@@ -1029,11 +1029,11 @@ def test_one_looks_after_the_others_at_a_time_and_nobody_waits_for_it(
     dead, _ = dead_with_messages(queue, connect(), sql)
     sql("SELECT pg_advisory_lock(rhesis_tasks.lock_class(), 0)")
 
-    queue.keep(queue.new_consumer(), 0)
+    queue.tend(queue.new_consumer(), 0)
     assert is_known(sql, dead)
 
     sql("SELECT pg_advisory_unlock_all()")
-    queue.keep(queue.new_consumer(), 0)
+    queue.tend(queue.new_consumer(), 0)
     assert not is_known(sql, dead)
 
 
@@ -1041,12 +1041,12 @@ def test_a_consumer_is_told_when_to_call_again(queue: MessageQueue, connect: Con
     consumer = queue.new_consumer()
     queue.attach(consumer, "keeper")
 
-    assert queue.keep(consumer, 100) == Kept(known=True, locked=True, again_in=50)
+    assert queue.tend(consumer, 100) == Kept(known=True, locked=True, again_in=50)
 
     missed, _ = dead_with_messages(queue, connect(), sql)
     sql("UPDATE rhesis_tasks.consumer SET absent_since = pg_postmaster_start_time() WHERE id = %s", missed)
     [(for_seconds,)] = sql("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())::float")
-    assert 0 < queue.keep(consumer, for_seconds + 5).again_in <= 5.05, "as soon as somebody may be dead"
+    assert 0 < queue.tend(consumer, for_seconds + 5).again_in <= 5.05, "as soon as somebody may be dead"
     assert is_known(sql, missed)
 
 
@@ -1059,10 +1059,10 @@ def test_consumers_of_another_schema_are_others(
     assert queue.attach(number, "here") is True
     there.attach(number, "of the same number", hold_lock=False)
 
-    there.keep(number + 1, 0)
+    there.tend(number + 1, 0)
 
-    assert there.keep(number, LONG).known is False, "it is another's lock"
-    assert queue.keep(number, LONG)[:2] == (True, True)
+    assert there.tend(number, LONG).known is False, "it is another's lock"
+    assert queue.tend(number, LONG)[:2] == (True, True)
 
 
 # --- the consumer ------------------------------------------------------------------------------------------------
@@ -1071,7 +1071,14 @@ def test_consumers_of_another_schema_are_others(
 class Worker:
     """A consumer as a transport drives it: with connections of its own, and limits of unacknowledged messages."""
 
-    def __init__(self, url: str, limits: dict[Hashable, int], grace: float = LONG, poll_interval: float = LONG) -> None:
+    def __init__(
+        self,
+        url: str,
+        limits: dict[Hashable, int],
+        grace: float = LONG,
+        poll_interval: float = LONG,
+        max_deliveries: int | None = 5,
+    ) -> None:
         self.limits = limits
         self.held: Counter[Hashable] = Counter()
         self.work, self.ear = Watched(url), Watched(url)
@@ -1081,10 +1088,13 @@ class Worker:
             name="worker",
             grace=grace,
             poll_interval=poll_interval,
+            max_deliveries=max_deliveries,
             free=lambda group: limits[group] - self.held[group] if group in limits else None,
             declare=lambda _: None,
+            on_dead=lambda delivery, reason: self.dead.append((delivery.message.body, reason)),
             on_call=lambda: None,
         )
+        self.dead: list[tuple[bytes, str]] = []
         self.consumer.start()
 
     @property
@@ -1355,10 +1365,10 @@ def test_a_message_that_cannot_be_read_is_kept_where_nobody_claims_it(
     delivery = one.next()
     assert delivery is not None
 
-    one.consumer.set_aside(delivery.message)
+    one.consumer.bury(delivery.message, "it cannot be read")
     one.consumer.close()
 
-    assert sql("SELECT due_at = 'infinity', claim_token FROM rhesis_tasks.message ORDER BY id")[0] == (True, None)
+    assert sql("SELECT body, reason FROM rhesis_tasks.dead_letter") == [(b"1", "it cannot be read")]
     assert bodies(claimed(queue, "a")) == [b"2"]
 
 
@@ -1477,7 +1487,7 @@ def test_who_allows_himself_less_does_not_hurry_those_who_allow_themselves_more(
     queue.attach(hasty, "hasty", grace=0.05)
 
     for _ in range(2):  # the first look marks it as absent
-        kept = queue.keep(hasty, 0.0)
+        kept = queue.tend(hasty, 0.0)
 
     assert is_known(sql, slow)
     assert kept.again_in <= 0.05
@@ -1556,7 +1566,7 @@ def test_a_consumer_outlives_its_connections_and_nothing_is_lost_or_done_twice(
     coming = one.in_background(pool)
     publish(queue, "a", 1)
     assert body(coming.result(DEADLINE)) == b"1", "it is notified as before"
-    assert queue.keep(queue.new_consumer(), 0).known is False
+    assert queue.tend(queue.new_consumer(), 0).known is False
     assert is_known(sql, one.number), "it has its lock"
 
 
@@ -1721,7 +1731,7 @@ OPERATIONS: dict[str, str] = {
     "release what a consumer holds": "SELECT rhesis_tasks.release_held('{1}', false)",
     "take 32": "SELECT * FROM rhesis_tasks.claim(1, '{}', '{}', '{}', 0, '{a}', 32)",
     "publish": "SELECT rhesis_tasks.publish('', 'a', '{}', 'body')",
-    "keep": "SELECT * FROM rhesis_tasks.keep(1, 3600)",
+    "keep": "SELECT * FROM rhesis_tasks.tend(1, 3600)",
 }
 OLD_PLANS = "plans of when it was empty"
 OLD_STATISTICS = "statistics of when it was empty"

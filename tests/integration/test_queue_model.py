@@ -203,6 +203,8 @@ class Story(RuleBasedStateMachine):
             assert each.token is not None and each.token not in tokens, "no two claims have one token"
             message.id, message.token, message.holder = each.id, each.token, consumer.number
             self.claims.append((each.id, each.token))
+        if claimed:
+            self.known.add(consumer.number)
 
     @precondition(lambda self: self.claims)
     @rule(acks=some)
@@ -276,7 +278,7 @@ class Story(RuleBasedStateMachine):
         consumer = self.consumers[who]
         was_known = consumer.number in self.known
 
-        kept = (consumer.lock or self.queue).keep(consumer.number, 0.0 if at_once else LONG)
+        kept = (consumer.lock or self.queue).tend(consumer.number, 0.0 if at_once else LONG)
 
         assert kept.locked == (consumer.lock is not None)
         if not was_known or consumer.number in self.attached:

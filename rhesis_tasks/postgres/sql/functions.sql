@@ -38,23 +38,33 @@ $$;
 -- Put a message into a queue.  For publish() alone, as whom it runs.
 CREATE OR REPLACE FUNCTION @schema@.put(
     target @schema@.queue, its_envelope json, its_body bytea, its_priority integer, its_tenant text, its_task_id text,
-    its_task_name text, ttl double precision
+    its_task_name text, ttl double precision, delay double precision, lapse double precision
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     expiry timestamptz;
+    eta    timestamptz;
+    due    timestamptz;
 BEGIN
     IF ttl IS NOT NULL OR target.message_ttl IS NOT NULL THEN
         expiry := clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl));
     END IF;
-    IF target.durable THEN
-        INSERT INTO @schema@.message (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
-        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
-    ELSE
-        INSERT INTO @schema@.transient_message (queue, priority, tenant, task_id, task_name, expires_at, envelope, body)
-        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, its_envelope, its_body);
+    IF delay > 0 THEN
+        eta := clock_timestamp() + make_interval(secs => delay);
+        due := clock_timestamp() + make_interval(secs => greatest(least(delay, lapse), 0));
     END IF;
-    IF EXISTS (SELECT FROM @schema@.waiter WHERE queue = target.name) THEN
+    IF target.durable THEN
+        INSERT INTO @schema@.message
+            (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
+        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
+                its_body);
+    ELSE
+        INSERT INTO @schema@.transient_message
+            (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
+        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
+                its_body);
+    END IF;
+    IF due IS NULL AND EXISTS (SELECT FROM @schema@.waiter WHERE queue = target.name) THEN
         PERFORM @schema@.wake(target.name);
     END IF;
 END
@@ -62,11 +72,13 @@ $$;
 
 -- Publish a message to the queues that an exchange routes it to; the exchange '' routes to the queue named like the
 -- routing key, which is made if there is none.  Returns the number of queues, or NULL if there is no such exchange.
+--
+-- With a delay in seconds it is not claimed before; it is promoted earlier if it lapses earlier, for a worker to say so.
+-- Both are durations, so that nobody's clock counts but the server's.
 -- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key.
 CREATE OR REPLACE FUNCTION @schema@.publish(
-    to_exchange text, with_key text, its_envelope json, its_body bytea, its_priority integer DEFAULT 0,
-    its_tenant text DEFAULT NULL, its_task_id text DEFAULT NULL, its_task_name text DEFAULT NULL,
-    ttl double precision DEFAULT NULL
+    to_exchange text, with_key text, its_envelope json, its_body bytea, its_priority integer, its_tenant text,
+    its_task_id text, its_task_name text, ttl double precision, delay double precision, lapse double precision
 ) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -82,7 +94,7 @@ BEGIN
             SELECT * INTO STRICT target FROM @schema@.queue WHERE name = with_key;
         END IF;
         PERFORM @schema@.put(
-            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl);
+            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl, delay, lapse);
         RETURN 1;
     END IF;
     SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
@@ -98,10 +110,24 @@ BEGIN
                                          ELSE true END)
     LOOP
         PERFORM @schema@.put(
-            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl);
+            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl, delay, lapse);
         routed := routed + 1;
     END LOOP;
     RETURN routed;
+END
+$$;
+
+-- The same without a delay.
+CREATE OR REPLACE FUNCTION @schema@.publish(
+    to_exchange text, with_key text, its_envelope json, its_body bytea, its_priority integer DEFAULT 0,
+    its_tenant text DEFAULT NULL, its_task_id text DEFAULT NULL, its_task_name text DEFAULT NULL,
+    ttl double precision DEFAULT NULL
+) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN @schema@.publish(
+        to_exchange, with_key, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl, NULL,
+        NULL);
 END
 $$;
 
@@ -152,10 +178,13 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT EXISTS (SELECT FROM @schema@.queue WHERE name = its_name)
 $$;
 
--- How many messages of a queue wait.  Index: message_ready.
+-- How many messages of a queue wait.  Index: message_next and message_suspect.
 CREATE OR REPLACE FUNCTION @schema@.queue_size(of_queue text) RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT count(*) FROM @schema@.message WHERE queue = of_queue AND claim_token IS NULL AND due_at IS NULL
+    SELECT (SELECT count(*) FROM @schema@.message
+            WHERE queue = of_queue AND claim_token IS NULL AND due_at IS NULL AND deliveries < 2)
+         + (SELECT count(*) FROM @schema@.message
+            WHERE queue = of_queue AND claim_token IS NULL AND due_at IS NULL AND deliveries >= 2)
 $$;
 
 -- Let an exchange route to a queue; returns false if one of them is not there.  A topic's pattern is a regular
@@ -188,12 +217,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT queue, exchange, routing_key FROM @schema@.binding ORDER BY exchange, routing_key, queue
 $$;
 
--- Delete the messages of a queue that nobody has claimed, but not what was set aside; returns how many.
+-- Delete the messages of a queue that wait or are delayed, not what is claimed and no dead letters; returns how many.
 CREATE OR REPLACE FUNCTION @schema@.purge(of_queue text) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH gone AS (
         DELETE FROM @schema@.message
-        WHERE queue = of_queue AND claim_token IS NULL AND due_at IS DISTINCT FROM 'infinity'
+        WHERE queue = of_queue AND claim_token IS NULL
         RETURNING 1)
     SELECT count(*) FROM gone
 $$;
@@ -232,7 +261,8 @@ CREATE OR REPLACE FUNCTION @schema@.attach(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     INSERT INTO @schema@.consumer (id, name, grace) VALUES (consumer_id, its_name, its_grace)
-    ON CONFLICT (id) DO UPDATE SET name = excluded.name, grace = excluded.grace, absent_since = NULL;
+    ON CONFLICT (id) DO UPDATE
+    SET name = excluded.name, grace = excluded.grace, absent_since = NULL, seen_at = clock_timestamp();
     INSERT INTO @schema@.subscription (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q
     ON CONFLICT DO NOTHING;
     RETURN hold_lock AND pg_try_advisory_lock(@schema@.lock_class(), consumer_id);
@@ -278,22 +308,48 @@ BEGIN
 END
 $$;
 
+-- A consumer holds something from now on: whoever takes it for dead at this moment waits until we have committed, or
+-- we find it gone, and it is there again, to be taken for dead once more.  For claim() alone, as whom it runs.
+CREATE OR REPLACE FUNCTION @schema@.hold(consumer_id integer) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM FROM @schema@.consumer WHERE id = consumer_id FOR KEY SHARE;
+    IF NOT FOUND THEN
+        INSERT INTO @schema@.consumer (id) VALUES (consumer_id) ON CONFLICT DO NOTHING;
+    END IF;
+END
+$$;
+
 -- Acknowledge what was done, and claim what waits: one round trip, one commit.
 --
 -- Each queue of claim_from is walked in the order of delivery, until slots messages are claimed in all; those of
 -- take_from are taken for good, at most take_slots.  An acknowledgement whose claim is no longer the message's is
 -- returned with the queue NULL: the message was released meanwhile, and is somebody else's.
--- Index: message_ready for each queue; the primary key for acknowledgements.  Planned for a table that is sometimes
--- empty and sometimes huge, whatever its statistics say.
+--
+-- What was delivered twice in vain may be what ends workers.  It is claimed by somebody who holds nothing (has_none),
+-- and nothing with it, so that nothing else is blamed.  If it has waited for longer than patience in seconds, whoever
+-- holds something claims no more until it holds nothing.  What was delivered max_deliveries times is claimed to be
+-- buried.
+--
+-- A place (-priority, start, id) for each queue says from where to walk it, NULLs from the beginning.  While a long
+-- transaction keeps the server from removing what is gone, a walk from the beginning passes all of it.
+-- Index: message_next and message_suspect for each queue; the primary key for acknowledgements.  Planned for a table
+-- that is sometimes empty and sometimes huge, whatever its statistics say.
 CREATE OR REPLACE FUNCTION @schema@.claim(
     consumer_id integer, acked bigint[], tokens bigint[], claim_from text[], slots integer, take_from text[],
-    take_slots integer
-) RETURNS TABLE (id bigint, queue text, token bigint, deliveries integer, rank bigint, envelope text, body bytea)
+    take_slots integer, has_none boolean, max_deliveries integer, patience double precision,
+    from_priorities smallint[], from_starts double precision[], from_ids bigint[]
+) RETURNS TABLE (
+    id bigint, queue text, token bigint, deliveries integer, rank bigint, envelope text, body bytea,
+    place_priority smallint, place_start double precision, is_due boolean, last_reason text
+)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET jit = off SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS $$
 DECLARE
     from_queue text;
     found_rows integer;
+    number     integer := 0;
+    claimed    integer := 0;
 BEGIN
     IF cardinality(acked) > 0 THEN
         RETURN QUERY
@@ -301,7 +357,7 @@ BEGIN
             DELETE FROM @schema@.message m WHERE m.id = ANY (acked) AND m.claim_token = ANY (tokens)
             RETURNING m.claim_token)
         SELECT a.id, NULL::text, a.token, (EXISTS (SELECT FROM @schema@.message m WHERE m.id = a.id))::integer, 0::bigint,
-               NULL::text, NULL::bytea
+               NULL::text, NULL::bytea, NULL::smallint, NULL::double precision, NULL::boolean, NULL::text
         FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone);
     END IF;
     FOREACH from_queue IN ARRAY take_from LOOP
@@ -310,33 +366,133 @@ BEGIN
         WITH ready AS (
             SELECT m.id, row_number() OVER () AS rank
             FROM (SELECT w.id FROM @schema@.message w
-                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL
+                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
                     AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
-                  ORDER BY w.priority DESC, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED) m)
+                  ORDER BY -w.priority, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED) m)
         DELETE FROM @schema@.message m USING ready
         WHERE m.id = ready.id
-        RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, ready.rank, m.envelope::text, m.body;
+        RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, ready.rank, m.envelope::text, m.body,
+                  NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         take_slots := take_slots - found_rows;
+        IF take_slots > 0 THEN
+            RETURN QUERY
+            WITH suspect AS (
+                SELECT w.id FROM @schema@.message w
+                WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
+                  AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED)
+            DELETE FROM @schema@.message m USING suspect
+            WHERE m.id = suspect.id
+            RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, 1000000 + m.id, m.envelope::text, m.body,
+                      NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
+            GET DIAGNOSTICS found_rows = ROW_COUNT;
+            take_slots := take_slots - found_rows;
+        END IF;
     END LOOP;
+    IF slots <= 0 THEN
+        RETURN;
+    END IF;
     FOREACH from_queue IN ARRAY claim_from LOOP
-        EXIT WHEN slots <= 0;
+        IF NOT EXISTS (SELECT FROM @schema@.message w
+                       WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL
+                         AND w.deliveries >= 2) THEN
+            CONTINUE;
+        END IF;
         RETURN QUERY
-        WITH ready AS (
-            SELECT m.id, row_number() OVER () AS rank
-            FROM (SELECT w.id FROM @schema@.message w
-                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL
-                    AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
-                  ORDER BY w.priority DESC, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
+        WITH spent AS (
+            SELECT w.id FROM @schema@.message w
+            WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
+              AND w.deliveries >= max_deliveries
+            ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED)
         UPDATE @schema@.message m
         SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
             deliveries = m.deliveries + 1
-        FROM ready WHERE m.id = ready.id
-        RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body;
+        FROM spent WHERE m.id = spent.id
+        RETURNING m.id, m.queue, m.claim_token, m.deliveries, 0::bigint, m.envelope::text, m.body,
+                  NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), m.last_reason;
+        GET DIAGNOSTICS found_rows = ROW_COUNT;
+        IF found_rows > 0 THEN
+            PERFORM @schema@.hold(consumer_id);
+            RETURN;
+        END IF;
+        IF has_none THEN
+            RETURN QUERY
+            WITH suspect AS (
+                SELECT w.id FROM @schema@.message w
+                WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
+                  AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT 1 FOR UPDATE SKIP LOCKED)
+            UPDATE @schema@.message m
+            SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
+                deliveries = m.deliveries + 1
+            FROM suspect WHERE m.id = suspect.id
+            RETURNING m.id, m.queue, m.claim_token, m.deliveries, 0::bigint, m.envelope::text, m.body,
+                      NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
+            GET DIAGNOSTICS found_rows = ROW_COUNT;
+            IF found_rows > 0 THEN
+                PERFORM @schema@.hold(consumer_id);
+                RETURN;
+            END IF;
+        ELSIF EXISTS (SELECT FROM @schema@.message w
+                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
+                        AND w.claimed_at < clock_timestamp() - make_interval(secs => patience)) THEN
+            RETURN;
+        END IF;
+    END LOOP;
+    FOREACH from_queue IN ARRAY claim_from LOOP
+        EXIT WHEN slots <= 0;
+        number := number + 1;
+        IF from_ids[number] IS NULL THEN
+            RETURN QUERY
+            WITH ready AS (
+                SELECT m.id, row_number() OVER () AS rank
+                FROM (SELECT w.id FROM @schema@.message w
+                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
+                        AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                      ORDER BY -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
+            UPDATE @schema@.message m
+            SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
+                deliveries = m.deliveries + 1
+            FROM ready WHERE m.id = ready.id
+            RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
+                      -m.priority, m.start, m.not_before <= clock_timestamp(), NULL::text;
+        ELSE
+            RETURN QUERY
+            WITH ready AS (
+                SELECT m.id, row_number() OVER () AS rank
+                FROM (SELECT w.id FROM @schema@.message w
+                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
+                        AND (-w.priority, w.start, w.id)
+                            >= (from_priorities[number], from_starts[number], from_ids[number])
+                        AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                      ORDER BY -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
+            UPDATE @schema@.message m
+            SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
+                deliveries = m.deliveries + 1
+            FROM ready WHERE m.id = ready.id
+            RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
+                      -m.priority, m.start, m.not_before <= clock_timestamp(), NULL::text;
+        END IF;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         slots := slots - found_rows;
+        claimed := claimed + found_rows;
     END LOOP;
+    IF claimed > 0 THEN
+        PERFORM @schema@.hold(consumer_id);
+    END IF;
 END
+$$;
+
+-- The same for workers of before version 5, which hold something as far as we know.
+CREATE OR REPLACE FUNCTION @schema@.claim(
+    consumer_id integer, acked bigint[], tokens bigint[], claim_from text[], slots integer, take_from text[],
+    take_slots integer
+) RETURNS TABLE (id bigint, queue text, token bigint, deliveries integer, rank bigint, envelope text, body bytea)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT c.id, c.queue, c.token, c.deliveries, c.rank, c.envelope, c.body
+    FROM @schema@.claim(consumer_id, acked, tokens, claim_from, slots, take_from, take_slots, false, NULL, 'infinity',
+                        '{}', '{}', '{}') c
 $$;
 
 -- Acknowledge what was done; returns the claims that were no longer the messages', and whether these are still there.
@@ -350,8 +506,10 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = of
     FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone)
 $$;
 
--- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered.  Returns how many.
-CREATE OR REPLACE FUNCTION @schema@.release(ids bigint[], tokens bigint[], uncounted boolean) RETURNS integer
+-- Give claimed messages back, to the place they had; uncounted, as if they had not been delivered, or with the reason
+-- why the delivery was in vain.  Returns how many.
+CREATE OR REPLACE FUNCTION @schema@.release(ids bigint[], tokens bigint[], uncounted boolean, reason text)
+RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
@@ -359,7 +517,8 @@ DECLARE
 BEGIN
     FOR from_queue IN
         UPDATE @schema@.message m
-        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
+        SET claim_token = NULL, holder = NULL, claimed_at = clock_timestamp(),
+            deliveries = m.deliveries - uncounted::integer, last_reason = coalesce(reason, m.last_reason)
         WHERE m.id = ANY (ids) AND m.claim_token = ANY (tokens)
         RETURNING m.queue
     LOOP
@@ -370,8 +529,16 @@ BEGIN
 END
 $$;
 
--- Give back what consumers hold.  Index: message_held.
-CREATE OR REPLACE FUNCTION @schema@.release_held(consumer_ids integer[], uncounted boolean) RETURNS integer
+-- The same for workers of before version 5.
+CREATE OR REPLACE FUNCTION @schema@.release(ids bigint[], tokens bigint[], uncounted boolean) RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT @schema@.release(ids, tokens, uncounted, NULL)
+$$;
+
+-- Give back what a consumer holds: uncounted, as if it had not been delivered, unless there is a reason why the delivery
+-- was in vain.  Index: message_held.
+DROP FUNCTION IF EXISTS @schema@.release_held(integer[], boolean);
+CREATE OR REPLACE FUNCTION @schema@.release_held(consumer_id integer, reason text) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     from_queue text;
@@ -379,8 +546,9 @@ DECLARE
 BEGIN
     FOR from_queue IN
         UPDATE @schema@.message m
-        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - uncounted::integer
-        WHERE m.holder = ANY (consumer_ids)
+        SET claim_token = NULL, holder = NULL, claimed_at = clock_timestamp(),
+            deliveries = m.deliveries - (reason IS NULL)::integer, last_reason = coalesce(reason, m.last_reason)
+        WHERE m.holder = consumer_id
         RETURNING m.queue
     LOOP
         released := released + 1;
@@ -390,11 +558,23 @@ BEGIN
 END
 $$;
 
--- Put a claimed message that nobody can read where nobody claims it, for an operator to look at.
+-- Give a claimed message up: it becomes a dead letter.  Returns whether it was still claimed so.
+CREATE OR REPLACE FUNCTION @schema@.bury(its_id bigint, its_token bigint, its_reason text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    WITH gone AS (DELETE FROM @schema@.message WHERE id = its_id AND claim_token = its_token RETURNING *)
+    INSERT INTO @schema@.dead_letter (id, queue, priority, deliveries, reason, published_at, tenant, task_id, task_name,
+                                      envelope, body)
+    SELECT id, queue, priority, deliveries, its_reason, published_at, tenant, task_id, task_name, envelope, body
+    FROM gone;
+    RETURN FOUND;
+END
+$$;
+
+-- The same for workers of before version 5.
 CREATE OR REPLACE FUNCTION @schema@.set_aside(its_id bigint, its_token bigint) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    UPDATE @schema@.message SET claim_token = NULL, holder = NULL, claimed_at = NULL, due_at = 'infinity'
-    WHERE id = its_id AND claim_token = its_token
+    SELECT @schema@.bury(its_id, its_token, 'it could not be read')
 $$;
 
 -- Give back what a consumer holds under other claims than these, and return those of them that it still holds.
@@ -427,7 +607,7 @@ $$;
 -- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
 CREATE OR REPLACE FUNCTION @schema@.detach(consumer_id integer) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT @schema@.release_held(ARRAY[consumer_id], true);
+    SELECT @schema@.release_held(consumer_id, NULL);
     SELECT @schema@.unsubscribe(ARRAY[consumer_id]);
     DELETE FROM @schema@.consumer WHERE id = consumer_id
 $$;
@@ -438,32 +618,34 @@ $$;
 -- period, done by one at a time.
 --
 -- A consumer is dead when its lock was seen free at each look for the length of its grace period, all of it since
--- this server was started (so that a restart is no death).  What it held is released, its subscriptions end.
+-- this server was started (so that a restart is no death); or when it has said nothing for three of them (and a second),
+-- though its session is there: it was suspended.  What it held is released, its subscriptions end.
 --
--- Returns whether the caller was known, whether this session holds its lock, and in how many seconds to call again.
-CREATE OR REPLACE FUNCTION @schema@.keep(consumer_id integer, grace double precision)
-RETURNS TABLE (known boolean, locked boolean, again_in double precision)
+-- Returns whether the caller was known, whether this session holds its lock, in how many seconds to call again, and
+-- whether it is the one that promotes what is due: the oldest of those who gave a sign lately.
+CREATE OR REPLACE FUNCTION @schema@.tend(consumer_id integer, grace double precision)
+RETURNS TABLE (known boolean, locked boolean, again_in double precision, promotes boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     class   integer := @schema@.lock_class();
     me      @schema@.consumer;
     present integer[];
-    dead    integer[];
+    gone    @schema@.consumer;
     next_   timestamptz;  -- when the next one who is absent will be dead
     now_    timestamptz := clock_timestamp();
 BEGIN
     SELECT * INTO me FROM @schema@.consumer WHERE id = consumer_id;
     known := FOUND AND me.name IS NOT NULL;
-    IF me.absent_since IS NOT NULL THEN
-        UPDATE @schema@.consumer SET absent_since = NULL WHERE id = consumer_id;
-    END IF;
+    UPDATE @schema@.consumer SET absent_since = NULL, seen_at = now_ WHERE id = consumer_id;
+    promotes := NOT EXISTS (SELECT FROM @schema@.consumer c
+                            WHERE c.id < consumer_id AND c.seen_at > now_ - make_interval(secs => tend.grace));
     SELECT array_agg(DISTINCT objid::integer), coalesce(bool_or(pid = pg_backend_pid() AND objid::integer = consumer_id), false)
     INTO present, locked
     FROM pg_locks
     WHERE locktype = 'advisory' AND granted AND classid::integer = class AND objsubid = 2
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
     present := present || consumer_id;
-    again_in := keep.grace / 2;
+    again_in := tend.grace / 2;
 
     IF NOT pg_try_advisory_xact_lock(class, 0) THEN  -- somebody else is at it
         RETURN NEXT;
@@ -471,47 +653,101 @@ BEGIN
     END IF;
 
     -- Holders that are not in the table, which a crash of the server empties.
-    INSERT INTO @schema@.consumer (id)
-    SELECT DISTINCT m.holder FROM @schema@.message m WHERE m.holder IS NOT NULL
-      AND NOT EXISTS (SELECT FROM @schema@.consumer c WHERE c.id = m.holder)
-    ON CONFLICT DO NOTHING;
+    IF NOT EXISTS (SELECT FROM @schema@.holders_known) THEN
+        INSERT INTO @schema@.holders_known VALUES (now_);
+        INSERT INTO @schema@.consumer (id)
+        SELECT DISTINCT m.holder FROM @schema@.message m WHERE m.holder IS NOT NULL
+          AND NOT EXISTS (SELECT FROM @schema@.consumer c WHERE c.id = m.holder)
+        ON CONFLICT DO NOTHING;
+    END IF;
 
     UPDATE @schema@.consumer c
     SET absent_since = CASE WHEN c.id = ANY (present) THEN NULL ELSE now_ END
     WHERE CASE WHEN c.id = ANY (present) THEN c.absent_since IS NOT NULL
                ELSE c.absent_since IS NULL OR c.absent_since < pg_postmaster_start_time() END;
 
-    SELECT array_agg(id) INTO dead FROM @schema@.consumer
-    WHERE absent_since <= now_ - make_interval(secs => coalesce(consumer.grace, keep.grace));
-    IF dead IS NOT NULL THEN
-        PERFORM @schema@.release_held(dead, false);
-        PERFORM @schema@.unsubscribe(dead);
-        DELETE FROM @schema@.consumer WHERE id = ANY (dead);
-    END IF;
+    FOR gone IN
+        DELETE FROM @schema@.consumer c
+        WHERE c.id <> consumer_id
+          AND (c.absent_since <= now_ - make_interval(secs => coalesce(c.grace, tend.grace))
+               OR greatest(c.seen_at, pg_postmaster_start_time())
+                  <= now_ - make_interval(secs => greatest(3 * coalesce(c.grace, tend.grace), 1)))
+        RETURNING *
+    LOOP
+        PERFORM @schema@.release_held(gone.id, coalesce('its worker ' || gone.name, 'its worker') || ' was lost');
+        PERFORM @schema@.unsubscribe(ARRAY[gone.id]);
+    END LOOP;
 
     DELETE FROM @schema@.message
-    WHERE expires_at <= now_ AND claim_token IS NULL AND due_at IS DISTINCT FROM 'infinity';  -- not what was set aside
+    WHERE expires_at <= now_ AND claim_token IS NULL;
     PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
     WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
       AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
 
     -- Messages whose queue went while they were published.  Walks from queue to queue, not through the messages.
     WITH RECURSIVE used (queue) AS (
-        SELECT min(m.queue) FROM @schema@.transient_message m WHERE m.claim_token IS NULL AND m.due_at IS NULL
+        SELECT min(m.queue) FROM @schema@.transient_message m
+        WHERE m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2
         UNION ALL
         SELECT (SELECT min(m.queue) FROM @schema@.transient_message m
-                WHERE m.queue > used.queue AND m.claim_token IS NULL AND m.due_at IS NULL)
+                WHERE m.queue > used.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2)
         FROM used WHERE used.queue IS NOT NULL)
     DELETE FROM @schema@.transient_message
     WHERE claim_token IS NULL AND due_at IS NULL
       AND queue IN (SELECT used.queue FROM used EXCEPT SELECT name FROM @schema@.queue);
 
-    SELECT min(absent_since + make_interval(secs => coalesce(consumer.grace, keep.grace))) INTO next_
+    SELECT min(absent_since + make_interval(secs => coalesce(consumer.grace, tend.grace))) INTO next_
     FROM @schema@.consumer;
     IF next_ IS NOT NULL THEN
         again_in := least(again_in, greatest(extract(epoch FROM next_ - now_), 0) + 0.05);
     END IF;
     RETURN NEXT;
+END
+$$;
+
+-- The same for workers of before version 5, which do not promote by themselves.
+CREATE OR REPLACE FUNCTION @schema@.keep(consumer_id integer, grace double precision)
+RETURNS TABLE (known boolean, locked boolean, again_in double precision)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    promotes boolean;
+BEGIN
+    SELECT t.known, t.locked, t.again_in, t.promotes INTO known, locked, again_in, promotes
+    FROM @schema@.tend(consumer_id, grace) t;
+    IF promotes THEN
+        PERFORM @schema@.promote(1000);
+    END IF;
+    RETURN NEXT;
+END
+$$;
+
+-- Let messages that are due be claimed, at most so many; whoever waits for them is notified.  Returns the seconds until
+-- the next one is due, NULL if none is delayed.  Index: message_due.
+CREATE OR REPLACE FUNCTION @schema@.promote(most integer) RETURNS double precision
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    in_queue text;
+    promoted bigint;
+    next_    timestamptz;
+BEGIN
+    SELECT min(due_at) INTO next_ FROM @schema@.message WHERE due_at IS NOT NULL;
+    IF next_ <= clock_timestamp() THEN
+        FOR in_queue, promoted IN
+            WITH due AS (
+                SELECT m.id FROM @schema@.message m WHERE m.due_at <= clock_timestamp()
+                ORDER BY m.due_at LIMIT most FOR UPDATE SKIP LOCKED),
+            moved AS (UPDATE @schema@.message m SET due_at = NULL FROM due WHERE m.id = due.id RETURNING m.queue)
+            SELECT moved.queue, count(*) FROM moved GROUP BY moved.queue
+        LOOP
+            WHILE promoted > 0 AND EXISTS (SELECT FROM @schema@.waiter WHERE queue = in_queue) LOOP
+                PERFORM @schema@.wake(in_queue);
+                promoted := promoted - 1;
+            END LOOP;
+        END LOOP;
+        SELECT min(due_at) INTO next_ FROM @schema@.message WHERE due_at IS NOT NULL;
+    END IF;
+    RETURN greatest(extract(epoch FROM next_ - clock_timestamp()), 0);
 END
 $$;
 

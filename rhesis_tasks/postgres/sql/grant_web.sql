@@ -4,6 +4,8 @@ GRANT USAGE ON SCHEMA @schema@ TO @role@;
 GRANT SELECT ON @schema@.schema_version TO @role@;
 GRANT EXECUTE ON FUNCTION
     @schema@.publish(text, text, json, bytea, integer, text, text, text, double precision),
+    @schema@.publish(
+        text, text, json, bytea, integer, text, text, text, double precision, double precision, double precision),
     @schema@.declare_exchange(text, text, boolean, boolean, json),
     @schema@.exchange_exists(text),
     @schema@.declare_queue(text, boolean, boolean, double precision, double precision),

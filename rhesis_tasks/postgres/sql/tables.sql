@@ -36,18 +36,19 @@ CREATE TABLE IF NOT EXISTS @schema@.binding (
 );
 CREATE INDEX IF NOT EXISTS binding_queue ON @schema@.binding (queue);
 
--- A message is waiting (claim_token is NULL), or claimed by the consumer that holds it.  Acknowledged, it is gone.
+-- A message is delayed (due_at is not NULL), waits (claim_token is NULL), or is claimed by the consumer that holds it.
+-- Acknowledged, it is gone.
 CREATE TABLE IF NOT EXISTS @schema@.message (
     id           bigint PRIMARY KEY DEFAULT nextval('@schema@.message_id'),
     queue        text NOT NULL,
     priority     smallint NOT NULL DEFAULT 0,        -- 0 to 9; higher ones go first
     start        double precision NOT NULL DEFAULT 0,  -- the fair order among equal priorities
-    due_at       timestamptz,                        -- not to be claimed before; 'infinity': set aside
+    due_at       timestamptz,                        -- while it waits to be promoted: when it is due
     expires_at   timestamptz,
     deliveries   integer NOT NULL DEFAULT 0,
     claim_token  bigint,                             -- fences the claim: who has an older one has lost the message
     holder       integer,                            -- the consumer that claimed it
-    claimed_at   timestamptz,
+    claimed_at   timestamptz,                        -- when it was claimed, or given back, last
     published_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     tenant       text,
     task_id      text,
@@ -56,9 +57,18 @@ CREATE TABLE IF NOT EXISTS @schema@.message (
     body         bytea NOT NULL
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000,
         autovacuum_analyze_scale_factor = 0.5, autovacuum_vacuum_cost_delay = 0);
--- What a claim walks, in the order of delivery.
-CREATE INDEX IF NOT EXISTS message_ready ON @schema@.message (queue, priority DESC, start, id)
-    WHERE claim_token IS NULL AND due_at IS NULL;
+-- Since version 5.
+ALTER TABLE @schema@.message
+    ADD COLUMN IF NOT EXISTS not_before  timestamptz,  -- its ETA, also when it was promoted
+    ADD COLUMN IF NOT EXISTS last_reason text;         -- why its last delivery was in vain
+-- What a claim walks, in the order of delivery.  What was delivered twice in vain is not there: it is claimed alone.
+DROP INDEX IF EXISTS @schema@.message_ready;
+CREATE INDEX IF NOT EXISTS message_next ON @schema@.message (queue, (-priority), start, id)
+    WHERE claim_token IS NULL AND due_at IS NULL AND deliveries < 2;
+CREATE INDEX IF NOT EXISTS message_suspect ON @schema@.message (queue, deliveries DESC, (-priority), start, id)
+    WHERE claim_token IS NULL AND due_at IS NULL AND deliveries >= 2;
+-- What is promoted next.
+CREATE INDEX IF NOT EXISTS message_due ON @schema@.message (due_at) WHERE due_at IS NOT NULL;
 -- What a task is cancelled by.
 CREATE INDEX IF NOT EXISTS message_task_id ON @schema@.message (task_id) WHERE claim_token IS NULL;
 -- What a dead consumer held.
@@ -71,14 +81,42 @@ CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.transient_message () INHERITS (@sch
 WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000,
       autovacuum_analyze_scale_factor = 0.5, autovacuum_vacuum_cost_delay = 0);
 CREATE UNIQUE INDEX IF NOT EXISTS transient_message_id ON @schema@.transient_message (id);
-CREATE INDEX IF NOT EXISTS transient_message_ready ON @schema@.transient_message (queue, priority DESC, start, id)
-    WHERE claim_token IS NULL AND due_at IS NULL;
+DROP INDEX IF EXISTS @schema@.transient_message_ready;
+CREATE INDEX IF NOT EXISTS transient_message_next ON @schema@.transient_message (queue, (-priority), start, id)
+    WHERE claim_token IS NULL AND due_at IS NULL AND deliveries < 2;
+CREATE INDEX IF NOT EXISTS transient_message_suspect
+    ON @schema@.transient_message (queue, deliveries DESC, (-priority), start, id)
+    WHERE claim_token IS NULL AND due_at IS NULL AND deliveries >= 2;
+CREATE INDEX IF NOT EXISTS transient_message_due ON @schema@.transient_message (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS transient_message_held ON @schema@.transient_message (holder) WHERE holder IS NOT NULL;
 CREATE INDEX IF NOT EXISTS transient_message_expires_at ON @schema@.transient_message (expires_at)
     WHERE expires_at IS NOT NULL;
 
--- Who consumes.  A consumer that is alive holds the advisory lock (lock_class(), id), or clears absent_since.
--- All three tables are unlogged: after a crash of the server every consumer attaches anew.
+-- Messages that were given up: those that nobody could read, and those that were delivered too often.  Kept until an
+-- operator has looked at them.  Since version 5.
+CREATE TABLE IF NOT EXISTS @schema@.dead_letter (
+    id           bigint PRIMARY KEY,  -- the message's
+    queue        text NOT NULL,
+    priority     smallint NOT NULL,
+    deliveries   integer NOT NULL,
+    reason       text NOT NULL,
+    published_at timestamptz NOT NULL,
+    died_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    tenant       text,
+    task_id      text,
+    task_name    text,
+    envelope     json NOT NULL,
+    body         bytea NOT NULL
+);
+CREATE INDEX IF NOT EXISTS dead_letter_tenant ON @schema@.dead_letter (tenant, id);
+WITH gone AS (DELETE FROM @schema@.message WHERE due_at = 'infinity' RETURNING *)
+INSERT INTO @schema@.dead_letter (id, queue, priority, deliveries, reason, published_at, tenant, task_id, task_name,
+                                  envelope, body)
+SELECT id, queue, priority, deliveries, 'it could not be read', published_at, tenant, task_id, task_name, envelope, body
+FROM gone;
+
+-- Who consumes.  A consumer that is alive holds the advisory lock (lock_class(), id), or clears absent_since; and it
+-- gives a sign.  All three tables are unlogged: after a crash of the server every consumer attaches anew.
 CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.consumer (
     id           integer PRIMARY KEY,
     name         text,
@@ -86,6 +124,9 @@ CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.consumer (
     attached_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     absent_since timestamptz  -- its lock was seen free at this time, and at each look since
 );
+ALTER TABLE @schema@.consumer ADD COLUMN IF NOT EXISTS seen_at timestamptz NOT NULL DEFAULT clock_timestamp();
+-- Empty after a crash of the server, until somebody has looked for messages whose holders are forgotten.
+CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.holders_known (since timestamptz NOT NULL);
 CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.subscription (
     queue    text NOT NULL,
     consumer integer NOT NULL,

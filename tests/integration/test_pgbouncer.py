@@ -95,7 +95,7 @@ def test_a_worker_behind_a_pooler_leaves_no_lock_and_no_listen_on_its_connection
     worker = rig.worker("threads", url=url, grace=GRACE)
     rig.publish("task", app=app)
     rig.wait_done("task")
-    wait_until("a few life signs", lambda: said("keep(") >= 3)
+    wait_until("a few life signs", lambda: said("tend(") >= 3)
 
     assert said("claim(") > 0
     assert said("LISTEN") == 0

@@ -546,7 +546,8 @@ def test_purging_leaves_what_is_claimed_and_what_is_buried(queue: MessageQueue, 
 
     assert queue.purge("a") == 2
 
-    assert sql("SELECT id FROM rhesis_tasks.message ORDER BY id") == [(first.id,), (second.id,)]
+    assert sql("SELECT id FROM rhesis_tasks.message ORDER BY id") == [(second.id,)]
+    assert sql("SELECT id, reason FROM rhesis_tasks.dead_letter") == [(first.id, "for a test")]
 
 
 def test_a_queue_is_deleted_with_its_messages_and_bindings_unless_it_is_used_or_full(queue: MessageQueue) -> None:
@@ -972,7 +973,7 @@ def test_who_comes_back_in_time_keeps_what_it_holds(queue: MessageQueue, connect
     assert queue.ack(claims(messages)) == []
 
 
-@pytest.mark.parametrize("sign", ["keep", "attach"])
+@pytest.mark.parametrize("sign", ["tend", "attach"])
 def test_who_has_no_lock_but_says_so_in_time_is_alive(queue: MessageQueue, sql: Sql, sign: str) -> None:
     consumer, keeper = queue.new_consumer(), queue.new_consumer()
     queue.attach(consumer, "behind a pooler", hold_lock=False)
@@ -980,7 +981,7 @@ def test_who_has_no_lock_but_says_so_in_time_is_alive(queue: MessageQueue, sql: 
     assert sql("SELECT count(absent_since) FROM rhesis_tasks.consumer") == [(1,)], "it is missed"
     sql("SELECT pg_advisory_lock(rhesis_tasks.lock_class(), 0)")  # somebody else looks after the others
 
-    if sign == "keep":
+    if sign == "tend":
         assert queue.tend(consumer, LONG)[:2] == (True, False)
     else:
         assert queue.attach(consumer, "behind a pooler", hold_lock=False) is False
@@ -1001,7 +1002,7 @@ def test_a_restart_of_the_server_is_nobodys_death(queue: MessageQueue, connect: 
 def test_messages_of_a_consumer_that_nobody_knows_are_given_to_others(queue: MessageQueue, sql: Sql) -> None:
     publish(queue, "a", 2)
     claimed(queue, "a")
-    sql("TRUNCATE rhesis_tasks.consumer")  # as a crash of the server does
+    sql("TRUNCATE rhesis_tasks.consumer, rhesis_tasks.holders_known")  # as a crash of the server does
 
     keeper = queue.new_consumer()
     queue.tend(keeper, LONG)
@@ -1041,7 +1042,7 @@ def test_a_consumer_is_told_when_to_call_again(queue: MessageQueue, connect: Con
     consumer = queue.new_consumer()
     queue.attach(consumer, "keeper")
 
-    assert queue.tend(consumer, 100) == Kept(known=True, locked=True, again_in=50)
+    assert queue.tend(consumer, 100) == Kept(known=True, locked=True, again_in=50, promotes=True)
 
     missed, _ = dead_with_messages(queue, connect(), sql)
     sql("UPDATE rhesis_tasks.consumer SET absent_since = pg_postmaster_start_time() WHERE id = %s", missed)
@@ -1315,14 +1316,14 @@ def test_who_closes_does_not_take_itself_for_dead(
 ) -> None:
     one = worker(grace=0.05)
     one.consume("a")
-    attached, looks = one.ear.calls["attach"], one.ear.calls["keep"]
+    attached, looks = one.ear.calls["attach"], one.ear.calls["tend"]
 
     def let_the_listener_look(name: str) -> None:
         if name == "detach":
             with suppress(TimeoutError):  # it looks no more, as it should
                 wait_until("it to attach again", lambda: one.ear.calls["attach"] > attached, timeout=1)
 
-    wait_until("a look of the listener's", lambda: one.ear.calls["keep"] > looks, DEADLINE)
+    wait_until("a look of the listener's", lambda: one.ear.calls["tend"] > looks, DEADLINE)
     one.work.after = let_the_listener_look
     one.consumer.close()
 
@@ -1521,9 +1522,10 @@ def test_an_idle_consumer_asks_the_server_a_few_times_in_a_minute(worker: StartW
 
     seconds = time.monotonic() - began
     asked = one.work.calls + one.ear.calls
-    looks, life_signs = asked.pop("claim"), asked.pop("keep")
+    looks, life_signs = asked.pop("claim"), asked.pop("tend")
     assert looks <= 4 + seconds / poll_interval, "and three times more after it has asked to be notified"
     assert life_signs <= 2 + seconds / (grace / 2)
+    assert asked.pop("promote") <= 2 + seconds / 0.5, "since it is the oldest of all"
     assert asked.pop("agree", 0) <= 1 + seconds / grace
     assert asked.pop("wait_for") == 1
     assert asked.pop("attach") == asked.pop("next_consumer") == asked.pop("channel_of") == 1
@@ -1681,8 +1683,8 @@ def stay_away_for_too_long(
             reap(queue, sql, one.number, grace=0.1)
         finally:
             admin.exec_driver_sql(f"{login} LOGIN")
-    looks = one.ear.calls["keep"]
-    wait_until("it to say that it lives", lambda: one.ear.calls["keep"] > looks, DEADLINE)
+    looks = one.ear.calls["tend"]
+    wait_until("it to say that it lives", lambda: one.ear.calls["tend"] > looks, DEADLINE)
 
 
 def test_who_was_away_for_too_long_does_not_do_what_others_do_now(
@@ -1725,13 +1727,16 @@ def test_who_was_away_for_too_long_gets_new_messages_again(
 SMALL = 1_000
 
 OPERATIONS: dict[str, str] = {
-    "claim 32 and acknowledge 32": "SELECT * FROM rhesis_tasks.claim(1, %(ids)s, %(tokens)s, '{a}', 32, '{}', 0)",
+    "claim 32 and acknowledge 32": "SELECT * FROM rhesis_tasks.claim(1, %(ids)s, %(tokens)s, '{a}', 32, '{}', 0, true, "
+    "5, 30, '{NULL}', '{NULL}', '{NULL}')",
     "acknowledge 32": "SELECT * FROM rhesis_tasks.ack(%(ids)s, %(tokens)s)",
-    "release 32": "SELECT rhesis_tasks.release(%(ids)s, %(tokens)s, false)",
-    "release what a consumer holds": "SELECT rhesis_tasks.release_held('{1}', false)",
-    "take 32": "SELECT * FROM rhesis_tasks.claim(1, '{}', '{}', '{}', 0, '{a}', 32)",
+    "release 32": "SELECT rhesis_tasks.release(%(ids)s, %(tokens)s, true, NULL)",
+    "release what a consumer holds": "SELECT rhesis_tasks.release_held(1, NULL)",
+    "take 32": "SELECT * FROM rhesis_tasks.claim(1, '{}', '{}', '{}', 0, '{a}', 32, true, 5, 30, '{}', '{}', '{}')",
     "publish": "SELECT rhesis_tasks.publish('', 'a', '{}', 'body')",
-    "keep": "SELECT * FROM rhesis_tasks.tend(1, 3600)",
+    "publish with a delay": "SELECT rhesis_tasks.publish('', 'a', '{}', 'body', 0, 'b', 'c', 'd', NULL, 60, NULL)",
+    "look for what is due": "SELECT rhesis_tasks.promote(32)",
+    "tend": "SELECT * FROM rhesis_tasks.tend(1, 3600)",
 }
 OLD_PLANS = "plans of when it was empty"
 OLD_STATISTICS = "statistics of when it was empty"
@@ -1748,7 +1753,7 @@ def cost(queue: MessageQueue, operation: str) -> int:
         f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {OPERATIONS[operation]}", parameters
     )
     plan = (json.loads(explained) if isinstance(explained, str) else explained)[0]["Plan"]
-    queue.connection.query("SELECT rhesis_tasks.release_held('{1}', false)")
+    queue.connection.query("SELECT rhesis_tasks.release_held(1, NULL)")
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 

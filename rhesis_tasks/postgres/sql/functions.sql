@@ -436,7 +436,7 @@ BEGIN
             END IF;
         ELSIF EXISTS (SELECT FROM @schema@.message w
                       WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
-                        AND w.claimed_at < clock_timestamp() - make_interval(secs => patience)) THEN
+                        AND extract(epoch FROM clock_timestamp() - w.claimed_at) > patience) THEN
             RETURN;
         END IF;
     END LOOP;
@@ -747,7 +747,7 @@ BEGIN
         END LOOP;
         SELECT min(due_at) INTO next_ FROM @schema@.message WHERE due_at IS NOT NULL;
     END IF;
-    RETURN greatest(extract(epoch FROM next_ - clock_timestamp()), 0);
+    RETURN CASE WHEN next_ IS NOT NULL THEN greatest(extract(epoch FROM next_ - clock_timestamp()), 0) END;
 END
 $$;
 

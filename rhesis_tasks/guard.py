@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 from celery import Task, bootsteps
 from celery.utils.imports import symbol_by_name
 from celery.utils.objects import Bunch
+from kombu.utils.functional import maybe_list
 from typing_extensions import override
 
 from .context import TenantContext, exactly
-from .errors import DeadLetterError
+from .errors import DatabaseUnavailableError, DeadLetterError
 from .headers import decode, find
 from .hooks import has_async_hooks
 from .outcomes import log_unknown
@@ -52,6 +53,7 @@ class Guard(bootsteps.StartStopStep):
         transport = parent.connection.transport
         if hasattr(transport, "on_dead"):
             transport.on_dead = functools.partial(_give_up, parent)
+            _hasten_what_is_revoked()
         if signer_of(parent.app) is not None:
             refuse_to_start(parent.app)
             if getattr(parent, "gossip", None) is not None:
@@ -120,6 +122,29 @@ def _give_up(parent: Any, message: Message, reason: str) -> None:
         request.give_up(error)
     else:
         task.backend.mark_as_failure(request.id, error, request=request._context, store_result=request.store_errors)
+
+
+def _hasten_what_is_revoked() -> None:
+    """Let workers have the message of a delayed task when it is revoked: they do not remember that until it is due."""
+    from celery.worker.control import Panel  # only workers have it
+
+    revoke = Panel.data["revoke"]
+    if getattr(revoke, "hastens", False):
+        return
+
+    @functools.wraps(revoke)
+    def hastening(state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
+        reply = revoke(state, task_id, *args, **options)
+        transport: Any = getattr(state.consumer.connection, "transport", None)
+        if hasattr(transport, "on_dead"):  # it is ours
+            try:
+                transport.queue.hasten([str(each) for each in maybe_list(task_id) or ()])
+            except DatabaseUnavailableError as error:
+                _log.warning("what is revoked and delayed stays delayed for now: %s", error)
+        return reply
+
+    hastening.hastens = True  # type: ignore[attr-defined]
+    Panel.data["revoke"] = hastening
 
 
 def _names_no_arguments(record: logging.LogRecord) -> bool:

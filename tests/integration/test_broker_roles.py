@@ -294,7 +294,7 @@ def test_no_login_has_any_privilege_on_a_table_of_the_broker(
         "SELECT nextval('rhesis_tasks.claim_token')",
         "CREATE TABLE rhesis_tasks.mine ()",
         "CREATE FUNCTION rhesis_tasks.mine() RETURNS void LANGUAGE sql AS ''",
-        "ALTER FUNCTION rhesis_tasks.publish SECURITY INVOKER",
+        "ALTER FUNCTION rhesis_tasks.wake(text) SECURITY INVOKER",
         "CREATE TABLE mine () INHERITS (rhesis_tasks.message)",
         "CREATE TEMP VIEW mine AS SELECT * FROM rhesis_tasks.message; TABLE mine",
     ],
@@ -441,7 +441,18 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
     with superuser_of_logins.begin() as admin:
         admin.exec_driver_sql(f"CREATE SCHEMA traps AUTHORIZATION {quote_identifier(logins.worker.role)}")
         admin.exec_driver_sql("GRANT USAGE ON SCHEMA traps TO PUBLIC")
-    tables = ("message", "transient_message", "dead_letter", "holders_known", "queue", "binding", "exchange", "consumer", "subscription", "waiter")
+    tables = (
+        "message",
+        "transient_message",
+        "dead_letter",
+        "holders_known",
+        "queue",
+        "binding",
+        "exchange",
+        "consumer",
+        "subscription",
+        "waiter",
+    )
 
     with logins.worker.engine.connect() as connection:
 
@@ -495,7 +506,7 @@ def test_no_function_can_be_led_to_run_the_callers_code(logins: Logins, superuse
         run("SELECT rhesis_tasks.delete_exchange('trapped', true)")
         connection.rollback()
 
-    assert sizes == [(2, True, True, True)]
+    assert sizes == [(3, True, True, True)]
     assert gone == [(False,)]
 
 

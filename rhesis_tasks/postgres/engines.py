@@ -6,17 +6,20 @@ import asyncio
 import functools
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from ..errors import ConfigurationError
-from ..settings import async_database_url, database_url, require_psycopg
+from ..errors import ConfigurationError, DatabaseUnavailableError
+from ..settings import async_database_url, database_url, redacted, require_psycopg
 
 __all__ = [
+    "READ_ONLY",
     "LoopEngines",
     "OneLoopEngine",
     "abandon_engines",
@@ -25,11 +28,16 @@ __all__ = [
     "dispose_engines",
     "forget_pool_after_fork",
     "new_engine",
+    "run",
     "shared_engine",
+    "unavailable",
 ]
 
 CONNECT_TIMEOUT: Final = 5
 """Seconds within which a connection of the library's own must be made, unless the URL says otherwise."""
+
+READ_ONLY: Final = "25006"
+"""The SQLSTATE of a server, or a transaction, that may not write."""
 
 
 def new_engine(url: Any, **options: Any) -> Engine:
@@ -84,9 +92,62 @@ def shared_engine(url: str) -> Engine:
     """
     # A server that accepts and then says nothing would keep a launch waiting for ever.
     timeout = {} if "connect_timeout" in database_url(url).query else {"connect_timeout": CONNECT_TIMEOUT}
-    engine = new_engine(url, connect_args=timeout, isolation_level="AUTOCOMMIT", pool_pre_ping=False)
+    engine = new_engine(
+        url,
+        connect_args=timeout,
+        isolation_level="AUTOCOMMIT",
+        pool_pre_ping=False,
+        pool_reset_on_return=None,  # nothing is left open: what failed in the middle is not given back
+    )
     event.listen(engine, "connect", _prepare_nothing_behind_a_pooler)
     return engine
+
+
+def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool = False) -> list[Any]:
+    """Run one statement on a shared engine, in a transaction of its own; returns its rows, as tuples or dicts.
+
+    With the engine's pool and errors, but psycopg's own cursor: SQLAlchemy's Connection and Result would cost the
+    process more than all that psycopg does.
+
+    Args:
+        engine: as :func:`shared_engine` returns it.
+        statement: as psycopg wants it, with ``%s``.
+        values: those of its parameters.
+
+    Raises:
+        DatabaseUnavailableError: the server cannot be reached.
+        DBAPIError: as SQLAlchemy raises it; a lost connection has taken the others in the pool along.
+    """
+    from psycopg import Error
+    from psycopg.rows import dict_row
+
+    try:
+        pooled = engine.raw_connection()
+    except Error as error:
+        raise unavailable(engine, error) from None
+    connection: Any = pooled.driver_connection
+    try:
+        cursor = connection.cursor(row_factory=dict_row) if as_dicts else connection.cursor()
+        rows: list[Any] = cursor.execute(statement, values).fetchall()
+    except Error as error:
+        if is_lost := bool(connection.closed):
+            engine.pool._invalidate(pooled, error)  # as SQLAlchemy's own Connection does
+        elif error.sqlstate == READ_ONLY:
+            pooled.invalidate()  # the next one may lead to the primary
+        else:
+            pooled.close()
+        more: Any = {"connection_invalidated": is_lost, "dialect": engine.dialect}
+        raise DBAPIError.instance(statement, tuple(values), error, Error, engine.hide_parameters, **more) from error
+    except BaseException:
+        pooled.invalidate()  # in the middle of a statement
+        raise
+    pooled.close()
+    return rows
+
+
+def unavailable(engine: Engine, error: BaseException) -> DatabaseUnavailableError:
+    """What to raise where an engine cannot connect."""
+    return DatabaseUnavailableError(f"cannot connect to {redacted(engine.url)}: {error}", url=redacted(engine.url))
 
 
 def _prepare_nothing_behind_a_pooler(made: Any, _: object) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from ..errors import DatabaseUnavailableError, MissingPrivilegeError
 from ..settings import quote_identifier, redacted
 from ..states import UNFINISHED, WAITING, State, Transition, delay, launch, revoke
 from .connection import read_only
-from .engines import shared_engine
+from .engines import READ_ONLY, run, shared_engine, unavailable
 from .schema import ensure_schema
 
 __all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost", "launch_values"]
@@ -149,7 +150,7 @@ class RecordTable:
     def __init__(self, url: str, schema: str) -> None:
         self.url = url
         self.schema = schema
-        self._prefix = f"SELECT * FROM {quote_identifier(schema)}."  # noqa: S608
+        self._prefix = f"{quote_identifier(schema)}."
         self._change_of_part = _CHANGE_OF_PART.format(schema=quote_identifier(schema))
 
     # --- tasks -------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class RecordTable:
 
     def discard(self, organization_id: str, task_id: str) -> None:
         """Take back a launch, unless a worker has the task all the same."""
-        self._scalar("record_discard", (organization_id, task_id, _values(WAITING)))
+        self._scalar("record_discard", (organization_id, task_id, _array(WAITING)))
 
     def change(
         self, organization_id: str, change: StateChange, *, is_trusted: bool = True, part: EndedPart | None = None
@@ -211,13 +212,12 @@ class RecordTable:
             change.progress_message,
             target is State.STARTED,
             target not in UNFINISHED,
-            _values(change.transition.sources) if is_trusted else [],
+            _array(change.transition.sources) if is_trusted else "{}",
         )
         if part is None:
             stays: str | None = self._scalar("record_state", values)
             return stays
-        [row] = self._rows(self._change_of_part, (*values, *part.values()))
-        part.is_last, stays = row["is_last"], row["stays"]
+        [(part.is_last, stays)] = self._run(self._change_of_part, (*values, *part.values()))
         return stays
 
     def progress(
@@ -226,19 +226,19 @@ class RecordTable:
         """Write a running task's progress, if ``done`` is given; whether somebody has asked it to stop."""
         return bool(
             self._scalar(
-                "record_progress", (organization_id, task_id, done, total, message, _values(UNFINISHED)), attempts=1
+                "record_progress", (organization_id, task_id, done, total, message, _array(UNFINISHED)), attempts=1
             )
         )
 
     def abort(self, organization_id: str, task_id: str, by_user: str | None) -> bool:
         """Ask a task that has not ended to stop early; whether there is one."""
-        return bool(self._scalar("record_abort", (organization_id, task_id, by_user, _values(UNFINISHED))))
+        return bool(self._scalar("record_abort", (organization_id, task_id, by_user, _array(UNFINISHED))))
 
     def cancel(
         self, organization_id: str, task_id: str, by_user: str | None, *, result: bytes, error: tuple[str, str]
     ) -> bool:
         """End a task that has not started, and take its message away; whether there is one."""
-        values = (organization_id, task_id, by_user, revoke.target.value, result, *error, _values(WAITING))
+        values = (organization_id, task_id, by_user, revoke.target.value, result, *error, _array(WAITING))
         return bool(self._scalar("record_cancel", values))
 
     def wanted(self, organization_id: str, task_id: str, seconds: float) -> str:
@@ -258,7 +258,7 @@ class RecordTable:
             "records_of",
             (
                 organization_id,
-                None if which.states is None else _values(which.states),
+                None if which.states is None else _array(frozenset(which.states)),
                 which.name,
                 which.root_id,
                 which.launched_from,
@@ -305,11 +305,12 @@ class RecordTable:
 
         If the block fails or the process ends in it, it was not.
         """
-        with self._connection() as connection:
+        engine, values = self._engine(), (organization_id, group_id)
+        statement = self._statement("chord_complete", values, what="* FROM ")
+        with _explaining(engine), _connected(engine) as connection:
             connection.exec_driver_sql("BEGIN")
             try:
-                values = (organization_id, group_id)
-                rows = connection.exec_driver_sql(self._statement("chord_complete", values), values)
+                rows = connection.exec_driver_sql(statement, values)
                 yield [ChordPart(**row) for row in rows.mappings()]
                 connection.exec_driver_sql("COMMIT")
             except BaseException:
@@ -323,16 +324,18 @@ class RecordTable:
         return str(self._scalar("result_channel", ()))
 
     def _scalar(self, function: str, values: Sequence[Any], *, attempts: int = ATTEMPTS) -> Any:
-        rows = self._call(function, values, attempts)
-        return next(iter(rows[0].values())) if rows else None
+        [row] = self._run(self._statement(function, values), values, attempts)
+        return row[0]
 
-    def _call(self, function: str, values: Sequence[Any], attempts: int = ATTEMPTS) -> list[dict[str, Any]]:
-        return self._rows(self._statement(function, values), values, attempts)
+    def _call(self, function: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+        return self._run(self._statement(function, values, what="* FROM "), values, as_dicts=True)
 
-    def _statement(self, function: str, values: Sequence[Any]) -> str:
-        return f"{self._prefix}{function}({', '.join(['%s'] * len(values))})"
+    def _statement(self, function: str, values: Sequence[Any], what: str = "") -> str:
+        return f"SELECT {what}{self._prefix}{function}({', '.join(['%s'] * len(values))})"
 
-    def _rows(self, statement: str, values: Sequence[Any], attempts: int = ATTEMPTS) -> list[dict[str, Any]]:
+    def _run(
+        self, statement: str, values: Sequence[Any], attempts: int = ATTEMPTS, *, as_dicts: bool = False
+    ) -> list[Any]:
         """What one statement returns, in a transaction of its own; tried again if the connection was lost.
 
         Raises:
@@ -341,35 +344,37 @@ class RecordTable:
         """
         for attempt in range(attempts):
             try:
-                with self._connection() as connection:
-                    return [dict(row) for row in connection.exec_driver_sql(statement, tuple(values)).mappings()]
+                with _explaining(engine := self._engine()):
+                    return run(engine, statement, values, as_dicts=as_dicts)
             except Exception as error:
                 if attempt == attempts - 1 or not is_lost(error):
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")
 
-    @contextmanager
-    def _connection(self) -> Iterator[Connection]:
+    def _engine(self) -> Engine:
         engine = shared_engine(self.url)
         if (self.url, self.schema) not in _ready:
             _connected(engine).close()  # so that an unreachable server is an error of ours here, too
             ensure_schema(engine, self.schema)
             _ready.add((self.url, self.schema))
-        with _connected(engine) as connection:
-            try:
-                yield connection
-            except DBAPIError as error:
-                state = getattr(error.orig, "sqlstate", None)
-                if state == "25006":
-                    connection.invalidate()  # the next one may lead to the primary
-                    raise DatabaseUnavailableError(read_only(engine.url), url=redacted(engine.url)) from None
-                if state == "42501" and isinstance(error, ProgrammingError):
-                    raise MissingPrivilegeError(
-                        f"{redacted(engine.url)}: {str(error.orig).partition(chr(10))[0]}.  Let the owner run "
-                        "`rhesis-tasks schema create --role THIS_LOGIN`, which grants what is new, too"
-                    ) from None
-                raise
+        return engine
+
+
+@contextmanager
+def _explaining(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None)
+        if state == READ_ONLY:
+            raise DatabaseUnavailableError(read_only(engine.url), url=redacted(engine.url)) from None
+        if state == "42501" and isinstance(error, ProgrammingError):
+            raise MissingPrivilegeError(
+                f"{redacted(engine.url)}: {str(error.orig).partition(chr(10))[0]}.  Let the owner run "
+                "`rhesis-tasks schema create --role THIS_LOGIN`, which grants what is new, too"
+            ) from None
+        raise
 
 
 def launch_values(
@@ -385,7 +390,7 @@ def launch_values(
 ) -> tuple[Any, ...]:
     """What ``record_launch`` takes; a lazy one is not on the disk yet when it returns."""
     transition = launch if eta is None else delay
-    state = (transition.target.value, eta, _values(transition.sources), is_lazy)
+    state = (transition.target.value, eta, _array(transition.sources), is_lazy)
     return (organization_id, task_id, user_id, name, root_id, parent_id, *state)
 
 
@@ -400,10 +405,10 @@ def _connected(engine: Engine) -> Connection:
     try:
         return engine.connect()
     except OperationalError as error:
-        raise DatabaseUnavailableError(
-            f"cannot connect to {redacted(engine.url)}: {error.orig}", url=redacted(engine.url)
-        ) from None
+        raise unavailable(engine, error.orig or error) from None
 
 
-def _values(states: Iterable[State]) -> list[str]:
-    return [state.value for state in states]
+@functools.lru_cache
+def _array(states: frozenset[State]) -> str:
+    """Names of states as PostgreSQL writes an array, which costs psycopg less than a list."""
+    return "{" + ",".join(sorted(states)) + "}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import event
+from record_statements import noted_statements
 
 from rhesis_tasks import BaseTask, RetryPolicy, TenantContext, configure, tenant_scope
 from rhesis_tasks.batch import ASK_EVERY
@@ -210,18 +210,8 @@ async def leave_batch(self: BaseTask) -> int:
 @contextmanager
 def counted_updates(task: BaseTask) -> Iterator[list[str]]:
     """The statements that take progress to the records meanwhile."""
-    engine = shared_engine(task.app.backend.url)
-    found: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "record_progress" in statement:
-            found.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    try:
+    with noted_statements(shared_engine(task.app.backend.url)) as found:
         yield found
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
 
 
 @app.task(base=BaseTask, bind=True)

@@ -18,7 +18,8 @@ from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
-from sqlalchemy import create_engine, event, text
+from record_statements import noted_statements
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from rhesis_tasks import BaseTask, TenantContext, configure, launch_with_context, tenant_scope, unconfigure
@@ -508,20 +509,11 @@ def test_a_part_that_is_not_the_last_is_recorded_in_the_commit_that_stores_what_
     app: Celery, published: list[str]
 ) -> None:
     parts = begun(app, 3)
-    statements: list[str] = []
-    engine = shared_engine(app.backend.url)
-
-    def note(*arguments: Any) -> None:
-        statements.append(arguments[2])
-
-    event.listen(engine, "before_cursor_execute", note)
-    try:
+    with noted_statements(shared_engine(app.backend.url)) as statements:
         for part in parts[:2]:
             app.backend.mark_as_done(part.id, 1, part)
         before = len(statements)
         app.backend.mark_as_done(parts[2].id, 1, parts[2])
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
 
     assert (before, published) == (2, ["total"])
     with tenant_scope(A):

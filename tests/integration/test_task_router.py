@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 from celery import Celery
 from fastapi.testclient import TestClient
+from record_statements import noted_statements
 from router_rig import AMY, ANN, BOB, api_of, client_of, fail, launch, move, rows, succeed, with_work
 from sqlalchemy import Engine, event
 
@@ -87,16 +88,12 @@ def cursor_of(place: str) -> str:
 @contextmanager
 def counted_statements() -> Iterator[list[str]]:
     """What goes to any database in the block."""
-    statements: list[str] = []
-
-    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    event.listen(Engine, "before_cursor_execute", count)
-    try:
-        yield statements
-    finally:
-        event.remove(Engine, "before_cursor_execute", count)
+    with noted_statements() as statements:
+        event.listen(Engine, "before_cursor_execute", count := lambda *given: statements.append(given[2]))
+        try:
+            yield statements
+        finally:
+            event.remove(Engine, "before_cursor_execute", count)
 
 
 # --- one task ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from celery import Celery
 from celery.exceptions import TaskRevokedError, TimeoutError
 from celery.result import GroupResult
 from pooler import running_pgbouncer
-from sqlalchemy import event
+from record_statements import noted_statements
 
 from rhesis_tasks import BaseTask, TenantContext, tenant_scope
 from rhesis_tasks.postgres import results, waiting
@@ -120,15 +120,8 @@ def waiters(tenant_database: TenantDatabase) -> Iterator[Waiters]:
 @pytest.fixture
 def statements(app: Celery) -> Iterator[list[str]]:
     """What the result backend asks of the database."""
-    recorded: list[str] = []
-
-    def record(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        recorded.append(statement)
-
-    engine = shared_engine(app.backend.url)
-    event.listen(engine, "before_cursor_execute", record)
-    yield recorded
-    event.remove(engine, "before_cursor_execute", record)
+    with noted_statements(shared_engine(app.backend.url)) as noted:
+        yield noted
 
 
 def seconds_of(future: Future[Any], result: Any = 42) -> float:

@@ -151,8 +151,8 @@ class Tasks:
                     return backend.forget(task_id)
                 case "clean up":
                     self.database.execute(
-                        "UPDATE rhesis_tasks.task_record SET finished_at = finished_at - interval '9 days' "
-                        f"WHERE task_id = '{task_id}'"
+                        "UPDATE rhesis_tasks.task_record SET finished_at = finished_at - interval '9 days', "
+                        f"launched_at = launched_at - interval '9 days' WHERE task_id = '{task_id}'"
                     )
                     return backend.cleanup()
         _, state, value = WRITES[event.name]
@@ -178,7 +178,8 @@ HISTORY = (
     "CREATE FUNCTION write_history() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN "
     "INSERT INTO public.history (task_id, was, is_now, retries_before, retries_after, is_same) "
     "VALUES (coalesce(new.task_id, old.task_id), old.state, new.state, old.retries, new.retries, "
-    "to_jsonb(old) - 'finished_at' = to_jsonb(new) - 'finished_at'); RETURN NULL; END $$",
+    "to_jsonb(old) - '{launched_at,finished_at}'::text[] "
+    "= to_jsonb(new) - '{launched_at,finished_at}'::text[]); RETURN NULL; END $$",
     "CREATE TRIGGER history AFTER INSERT OR UPDATE OR DELETE ON rhesis_tasks.task_record "
     "FOR EACH ROW EXECUTE FUNCTION write_history()",
 )

@@ -319,7 +319,8 @@ def test_the_function_that_expires_records_cannot_be_led_to_run_the_callers_code
 
 
 def an_hour_later(database: TenantDatabase) -> None:
-    database.execute("UPDATE rhesis_tasks.task_record SET finished_at = finished_at - interval '1 hour'")
+    earlier = "launched_at = launched_at - interval '1 hour', finished_at = finished_at - interval '1 hour'"
+    database.execute(f"UPDATE rhesis_tasks.task_record SET {earlier}")
 
 
 def test_what_has_just_ended_cannot_be_expired_by_whoever_may_expire(application: Engine, make_app: MakeApp) -> None:

@@ -1,7 +1,8 @@
 -- What is done with records.  Those that say INVOKER (the default) run as the caller, whom row-level security binds to
 -- the organization that they set for their transaction; those that reach further run as the owner.
 --
--- A state's sources come from the caller, who has the one table of states.
+-- A state's sources come from the caller, who has the one table of states.  Settings are made in declarations and
+-- assignments: PERFORM would make a statement of each.
 
 -- The channel on which those who wait for results are notified, and the key that stands for one task there: everybody
 -- can listen, and shall learn nothing.
@@ -23,11 +24,12 @@ CREATE OR REPLACE FUNCTION @schema@.record_launch(
 ) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
+    flush  text;
     is_new boolean;
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     IF lazily THEN
-        PERFORM set_config('synchronous_commit', 'off', true);
+        flush := set_config('synchronous_commit', 'off', true);
     END IF;
     INSERT INTO @schema@.task_record AS r (organization_id, task_id, user_id, name, state, root_id, parent_id, eta)
     VALUES (its_organization, its_id, its_user, its_name, its_state, its_root, its_parent, its_eta)
@@ -46,8 +48,9 @@ $$;
 -- The launch failed: take its record back, unless a worker has the message all the same.
 CREATE OR REPLACE FUNCTION @schema@.record_discard(its_organization text, its_id text, states text[]) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     DELETE FROM @schema@.task_record
     WHERE organization_id = its_organization AND task_id = its_id AND state = ANY (states);
 END
@@ -66,13 +69,14 @@ CREATE OR REPLACE FUNCTION @schema@.record_state(
 ) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
+    flush  text;
     at     timestamptz := clock_timestamp();
     wanted timestamptz;
     stays  text;
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
-    IF NOT is_finished THEN
-        PERFORM set_config('synchronous_commit', 'off', true);  -- lost in a crash, it is written again by the next run
+    IF NOT is_finished THEN  -- lost in a crash, it is written again by the next run
+        flush := set_config('synchronous_commit', 'off', true);
     END IF;  -- (How a task has ended is not to be lost, though its message came again: somebody may have read it.)
     INSERT INTO @schema@.task_record AS r
         (organization_id, task_id, user_id, name, state, custom_state, retries, root_id, parent_id, queue, worker,
@@ -128,9 +132,10 @@ CREATE OR REPLACE FUNCTION @schema@.record_progress(
 ) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
+    flush  text := set_config('synchronous_commit', 'off', true);
     is_asked boolean;
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true), set_config('synchronous_commit', 'off', true);
     IF its_done IS NULL THEN
         SELECT abort_requested_at IS NOT NULL INTO is_asked FROM @schema@.task_record
         WHERE organization_id = its_organization AND task_id = its_id;
@@ -148,8 +153,10 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.record_wanted(its_organization text, its_id text, seconds double precision)
 RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
+    flush  text := set_config('synchronous_commit', 'off', true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true), set_config('synchronous_commit', 'off', true);
     UPDATE @schema@.task_record
     SET wanted_until = greatest(wanted_until, clock_timestamp() + make_interval(secs => seconds))
     WHERE organization_id = its_organization AND task_id = its_id AND finished_at IS NULL;
@@ -160,8 +167,9 @@ $$;
 -- One task of an organization.
 CREATE OR REPLACE FUNCTION @schema@.record_of(its_organization text, its_id text) RETURNS SETOF @schema@.task_record
 LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     RETURN QUERY SELECT * FROM @schema@.task_record WHERE organization_id = its_organization AND task_id = its_id;
 END
 $$;
@@ -173,8 +181,9 @@ CREATE OR REPLACE FUNCTION @schema@.records_of(
     launched_before timestamptz, after_time timestamptz, after_id text, up_to integer
 ) RETURNS SETOF @schema@.task_record
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     RETURN QUERY
         SELECT * FROM @schema@.task_record r
         WHERE r.organization_id = its_organization
@@ -193,9 +202,9 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.record_forget(its_organization text, its_id text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
     wanted timestamptz;
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     DELETE FROM @schema@.task_record WHERE organization_id = its_organization AND task_id = its_id
     RETURNING wanted_until INTO wanted;
     IF wanted > clock_timestamp() THEN
@@ -208,8 +217,9 @@ $$;
 CREATE OR REPLACE FUNCTION @schema@.record_abort(its_organization text, its_id text, by_user text, states text[])
 RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     UPDATE @schema@.task_record SET
         abort_requested_at = coalesce(abort_requested_at, clock_timestamp()),
         abort_requested_by = CASE WHEN abort_requested_at IS NULL THEN by_user ELSE abort_requested_by END
@@ -258,8 +268,9 @@ $$;
 
 CREATE OR REPLACE FUNCTION @schema@.group_save(its_organization text, its_id text, its_result bytea) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     INSERT INTO @schema@.group_record (organization_id, group_id, result) VALUES (its_organization, its_id, its_result)
     ON CONFLICT (organization_id, group_id) DO UPDATE SET result = excluded.result;
 END
@@ -267,16 +278,18 @@ $$;
 
 CREATE OR REPLACE FUNCTION @schema@.group_of(its_organization text, its_id text) RETURNS SETOF @schema@.group_record
 LANGUAGE plpgsql ROWS 1 SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     RETURN QUERY SELECT * FROM @schema@.group_record WHERE organization_id = its_organization AND group_id = its_id;
 END
 $$;
 
 CREATE OR REPLACE FUNCTION @schema@.group_forget(its_organization text, its_id text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    tenant text := set_config('@setting@', its_organization, true);
 BEGIN
-    PERFORM set_config('@setting@', its_organization, true);
     DELETE FROM @schema@.group_record WHERE organization_id = its_organization AND group_id = its_id;
 END
 $$;
@@ -301,11 +314,11 @@ CREATE OR REPLACE FUNCTION @schema@.chord_part_ended(
 ) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    chord @schema@.group_record;
+    size integer;
 BEGIN
-    SELECT * INTO chord FROM @schema@.group_record
-    WHERE organization_id = its_organization AND group_id = its_id FOR UPDATE;
-    IF NOT FOUND OR chord.chord_done_at IS NOT NULL THEN
+    SELECT chord_size + chord_added INTO size FROM @schema@.group_record
+    WHERE organization_id = its_organization AND group_id = its_id AND chord_done_at IS NULL FOR UPDATE;
+    IF NOT FOUND THEN
         RETURN false;
     END IF;
     INSERT INTO @schema@.chord_part (organization_id, group_id, task_id, position, state, result)
@@ -313,7 +326,7 @@ BEGIN
     ON CONFLICT DO NOTHING;
     RETURN coalesce((SELECT count(*) FROM @schema@.chord_part
                      WHERE organization_id = its_organization AND group_id = its_id)
-                    >= chord.chord_size + chord.chord_added, false);
+                    >= size, false);
 END
 $$;
 
@@ -343,13 +356,15 @@ $$;
 
 -- Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete what
 -- has just ended.  What never ended (its message or its worker was lost), chords included, goes thirty days later.
+-- Index: task_record_age, since nothing has ended before it was launched.
 CREATE OR REPLACE FUNCTION @schema@.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     WITH old_tasks AS (
         DELETE FROM @schema@.task_record WHERE (organization_id, task_id) IN (
             SELECT organization_id, task_id FROM @schema@.task_record
-            WHERE finished_at < least(before, now() - interval '1 minute')
-               OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days')
+            WHERE launched_at < least(before, now() - interval '1 minute')
+              AND (finished_at < least(before, now() - interval '1 minute')
+                   OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days'))
             LIMIT batch FOR UPDATE SKIP LOCKED)
         RETURNING 1),
     old_groups AS (

@@ -41,8 +41,11 @@ ALTER TABLE @schema@.task_record
 ALTER TABLE @schema@.task_record
     ADD COLUMN IF NOT EXISTS last_started_at timestamptz,  -- of the last attempt
     ADD COLUMN IF NOT EXISTS failure_reason  text;         -- why there is no other attempt
-CREATE INDEX IF NOT EXISTS task_record_finished_at ON @schema@.task_record (finished_at);
-CREATE INDEX IF NOT EXISTS task_record_unfinished ON @schema@.task_record (launched_at) WHERE finished_at IS NULL;
+-- What changes in the life of a task is in no index, so that it is written into the page where the record is, with room
+-- for it there, and into nothing else (a HOT update).
+ALTER TABLE @schema@.task_record SET (fillfactor = 60);
+DROP INDEX IF EXISTS @schema@.task_record_finished_at, @schema@.task_record_unfinished;
+CREATE INDEX IF NOT EXISTS task_record_age ON @schema@.task_record (launched_at);
 CREATE INDEX IF NOT EXISTS task_record_launched_at
     ON @schema@.task_record (organization_id, launched_at DESC, task_id DESC);
 -- Not the other way round: until a new table is analyzed, the planner would take it for as good as the primary key

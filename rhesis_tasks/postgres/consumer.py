@@ -42,6 +42,9 @@ _PAUSE_WHEN_FULL: Final = 0.05
 # A message that was delivered twice in vain waits so long, in seconds, for a consumer that holds nothing by itself.
 _PATIENCE: Final = 30.0
 _ALONE_FROM: Final = 3  # the delivery from which on nothing else is claimed with a message
+# While more is in hand than was done since the last look, acknowledgements wait for so long, for more of them to go by
+# the same statement and commit; there is work to do meanwhile.
+_GATHERING: Final = 0.01
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 
@@ -118,6 +121,7 @@ class Consumer:
         self._held: dict[int, int] = {}  # by claim token, the ids of what was handed out and not acknowledged
         self._alone: int | None = None  # the token of a message with which nothing else is claimed, while it is held
         self._acks: deque[tuple[int, int]] = deque()
+        self._acked_at = 0.0  # when the first of them came, or earlier
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
         self._waiting_for: set[str] = set()  # queues whose publishers will notify us
         self._notified: set[str] = set()  # queues whose publishers have
@@ -279,6 +283,8 @@ class Consumer:
     def ack(self, message: Claimed) -> None:
         """A message was done; it is deleted with the next statement, or within moments if none is due."""
         if message.token in self._held:
+            if not self._acks:
+                self._acked_at = time.monotonic()
             self._acks.append((message.id, message.token))
             del self._held[message.token]
             self._signal()
@@ -490,9 +496,13 @@ class Consumer:
     @property
     def pause(self) -> float:
         """Seconds until :meth:`next` has something to do even if nothing calls."""
-        if (self._called or self._acks) and self._outage is None:
-            return 0.0
-        return max(0.0, self._next_look - time.monotonic())
+        look_at = self._next_look
+        if self._outage is None:
+            if self._called or (self._acks and len(self._acks) >= len(self._held) + len(self._buffer)):
+                return 0.0
+            if self._acks:
+                look_at = min(look_at, self._acked_at + _GATHERING)
+        return max(0.0, look_at - time.monotonic())
 
     # --- after an outage -------------------------------------------------------------------------------------
 

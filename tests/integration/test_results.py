@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from celery import Celery, chain
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.result import AsyncResult, GroupResult
 from celery.states import EXCEPTION_STATES
 from kombu.exceptions import OperationalError as BrokerUnavailable
+from record_statements import noted_statements
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import ProgrammingError
 
 from rhesis_tasks import BaseTask, TenantContext, launch_with_context, tenant_scope
 from rhesis_tasks.errors import DatabaseUnavailableError, MissingTenantError
 from rhesis_tasks.headers import HEADER, Envelope, encode
-from rhesis_tasks.postgres.engines import shared_engine
+from rhesis_tasks.postgres.engines import run, shared_engine
 from rhesis_tasks.postgres.results import PostgresBackend, TaskRecord
 from rhesis_tasks.postgres.schema import RECORDS_SETTING, create_schema
 from rhesis_tasks.processes import free_port
@@ -618,6 +621,80 @@ def test_one_group_id_of_two_tenants_is_two_groups(app: Celery, backend: Postgre
 # --- attacks on the tables ---------------------------------------------------------------------------------------
 
 TABLES = pytest.mark.parametrize(("table", "key"), [("task_record", "task_id"), ("group_record", "group_id")])
+
+
+# --- what it costs -------------------------------------------------------------------------------------------------
+
+
+def test_launch_start_and_end_of_a_task_are_one_statement_each(app: Celery, backend: PostgresBackend) -> None:
+    request = Context(id="one", task="work", **{HEADER: encode(Envelope(ACME))})
+    backend.records.channel()  # the first one looks for the tables
+
+    with noted_statements(shared_engine(backend.url)) as statements:
+        with tenant_scope(ACME):
+            backend.record_launch("one", "work")
+        backend.store_result("one", {"pid": 1}, "STARTED", request=request)
+        backend.mark_as_done("one", 42, request)
+
+    assert [statement.partition("(")[0] for statement in statements] == [
+        'SELECT "rhesis_tasks".record_launch',
+        'SELECT "rhesis_tasks".record_state',
+        'SELECT "rhesis_tasks".record_state',
+    ]
+
+
+def test_no_index_has_what_changes_in_the_life_of_a_task(app: Celery, superuser: Engine) -> None:
+    """Or each change would be written into all of them."""
+    with superuser.connect() as connection:
+        indexed = connection.scalars(
+            text(
+                "SELECT attname FROM pg_index JOIN pg_attribute ON attrelid = indexrelid "
+                "WHERE indrelid = 'rhesis_tasks.task_record'::regclass"
+            )
+        ).all()
+        conditions = connection.scalars(
+            text(
+                "SELECT indpred FROM pg_index WHERE indrelid = 'rhesis_tasks.task_record'::regclass "
+                "AND (indpred IS NOT NULL OR indexprs IS NOT NULL)"
+            )
+        ).all()
+
+    assert set(indexed) == {"organization_id", "task_id", "launched_at", "root_id"}
+    assert conditions == []
+
+
+def test_who_is_interrupted_in_the_middle_of_a_statement_gives_no_connection_back(backend: PostgresBackend) -> None:
+    backend.records.channel()
+    engine = shared_engine(backend.url)
+    [(before,)] = run(engine, "SELECT pg_backend_pid()", ())
+
+    def interrupt(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(SoftTimeLimitExceeded):
+            run(engine, "SELECT pg_sleep(%s)", (30,))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+    [(after,)] = run(engine, "SELECT pg_backend_pid()", ())
+    assert after != before
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # of a QueuePool
+
+
+def test_an_error_of_the_database_is_sqlalchemys_and_costs_no_connection(backend: PostgresBackend) -> None:
+    backend.records.channel()
+    engine = shared_engine(backend.url)
+    [(before,)] = run(engine, "SELECT pg_backend_pid()", ())
+
+    with pytest.raises(ProgrammingError, match="no_such_table") as error:
+        run(engine, "SELECT * FROM no_such_table WHERE id = %s", (1,))
+
+    assert (error.value.params, error.value.connection_invalidated) == ((1,), False)
+    assert run(engine, "SELECT pg_backend_pid()", ()) == [(before,)]
 
 
 def fill(app: Celery) -> None:

@@ -45,6 +45,7 @@ from queue_rig import (  # noqa: F401  # fixtures
 from sqlalchemy import Engine, text
 
 from rhesis_tasks.errors import DatabaseUnavailableError
+from rhesis_tasks.postgres import consumer as consumer_module
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.consumer import Delivery
 from rhesis_tasks.postgres.queue import Claimed, Exchange, Kept, Late, MessageQueue, QueueForm
@@ -1017,6 +1018,44 @@ def test_a_consumer_that_is_busy_asks_once_for_each_message(queue: MessageQueue,
 
     # A busy machine may let it look in between.
     assert one.work.calls["claim"] - before <= 15
+
+
+def test_acknowledgements_go_together_while_there_is_work_in_hand(
+    queue: MessageQueue, worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("_GATHERING", "_PAUSE_WHEN_FULL"):
+        monkeypatch.setattr(consumer_module, pause, DEADLINE)
+    publish(queue, "a", 40)
+    one = worker({"channel": 8})
+    one.consume("a")
+    held = [one.next() for _ in range(8)]
+    before = one.work.calls["claim"]
+
+    for _ in range(32):
+        done = held.pop(0)
+        assert done is not None
+        one.ack(done)
+        while (delivery := one.next(timeout=0)) is not None:
+            held.append(delivery)
+
+    assert (len(held), one.work.calls["claim"] - before) == (8, 8)
+
+
+def test_an_acknowledgement_does_not_wait_long_for_others(
+    queue: MessageQueue, worker: StartWorker, pool: ThreadPoolExecutor, sql: Sql
+) -> None:
+    publish(queue, "a", 4)
+    one = worker({"channel": 4})
+    one.consume("a")
+    held = [one.next() for _ in range(4)]
+    assert held[0] is not None
+    coming = one.in_background(pool)
+
+    one.ack(held[0])
+
+    wait_until("the message to be gone", lambda: len(holders(sql)) == 3, DEADLINE)
+    publish(queue, "a", 1)
+    assert body(coming.result(DEADLINE)) == b"1"
 
 
 def test_two_queues_of_one_group_share_its_limit_and_take_turns(queue: MessageQueue, worker: StartWorker) -> None:

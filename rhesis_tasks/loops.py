@@ -40,6 +40,7 @@ LoopFactory: TypeAlias = "Callable[[], _Loop]"
 
 _log = logging.getLogger(__name__)
 _run: ContextVar[_Run | None] = ContextVar("rhesis_tasks.run", default=None)
+_all_tasks: Any = getattr(asyncio.tasks, "_all_tasks", None)
 
 
 def loop_factory(name: str) -> LoopFactory:
@@ -106,20 +107,22 @@ class _Phase(IntEnum):
 class _Run:
     """One task's coroutine on a loop, and everything that it starts."""
 
+    phase = _Phase.BEFORE
+    is_clear = False  #: nothing is left
+    is_interrupted = False  #: the soft time limit was reached
+    is_given_up = False  #: ... and it did not end then
+
+    _body: asyncio.Task[Any] | None = None
+    _noticed = False  # the loop has heard of the soft time limit
+    _giving_up: asyncio.TimerHandle | None = None
+    # Made when there is one, since most runs have none.
+    _tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None
+    _timers: weakref.WeakSet[asyncio.TimerHandle] | None = None
+
     def __init__(self, loop: _Loop, name: str, grace: float) -> None:
         self.name = name
         self.grace = grace
-        self.phase = _Phase.BEFORE
-        self.is_clear = False  #: nothing is left
-        self.is_interrupted = False  #: the soft time limit was reached
-        self.is_given_up = False  #: ... and it did not end then
         self._loop = loop
-        self._body: asyncio.Task[Any] | None = None
-        self._noticed = False  # the loop has heard of the soft time limit
-        self._giving_up: asyncio.TimerHandle | None = None
-        # Made when there is one, since most runs have none.
-        self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None
-        self._timers: weakref.WeakSet[asyncio.TimerHandle] | None = None
         # Asynchronous generators that have begun, by their ids, since a weak reference is dead when one is dropped.
         self._generators: dict[int, tuple[weakref.ref[AsyncGenerator[Any, Any]], Context]] = {}
         self._dropped: deque[tuple[AsyncGenerator[Any, Any], Context]] = deque()
@@ -131,6 +134,7 @@ class _Run:
         context.run(_run.set, self)
         # Not by the loop's create_task(): this is none of the tasks that the coroutine starts.
         self._body = body = asyncio.Task(self._through(coroutine), loop=self._loop, context=context)
+        body.add_done_callback(self._stop_loop)
         return body
 
     async def _through(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -155,6 +159,18 @@ class _Run:
                         await asyncio.sleep(0)
             finally:
                 self.phase = _Phase.OVER
+                self._spare_turn()
+
+    def _stop_loop(self, _: object = None) -> None:
+        if self._loop.current is self:
+            self._loop.stop()
+
+    def _spare_turn(self) -> None:
+        """In the body's last step: stop the loop now if nothing is to be called any more, and not by a callback."""
+        body, ready = self._body, getattr(self._loop, "_ready", ())  # uvloop calls what is ready before it stops
+        if body is not None and not ready and len(getattr(body, "_callbacks", ())) == 1:
+            body.remove_done_callback(self._stop_loop)
+            self._stop_loop()
 
     def _finish(self) -> None:
         """Nothing is left; and nothing more starts, beginning with what comes in this turn of the loop."""
@@ -209,6 +225,8 @@ class _Run:
 
     def _left(self) -> list[asyncio.Task[Any]]:
         """The loop's tasks that are not done, but for the body's and the running one."""
+        if _all_tasks is not None and len(_all_tasks) == 1:
+            return []  # the body's
         tasks = asyncio.all_tasks(self._loop)
         tasks -= {self._body, asyncio.current_task(self._loop)}
         return list(tasks)
@@ -305,6 +323,7 @@ class _Loop(asyncio.AbstractEventLoop):
     """An event loop on which everything belongs to a run, and that starts nothing for one that is over."""
 
     current: _Run | None = None
+    is_changed: bool  #: a setting of it
 
 
 @functools.cache
@@ -313,6 +332,7 @@ def _of_runs(base: type[Any]) -> LoopFactory:
 
     class Loop(base):  # type: ignore[misc]
         current: _Run | None = None
+        is_changed = False
 
         def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
             context = options.get("context")
@@ -327,6 +347,22 @@ def _of_runs(base: type[Any]) -> LoopFactory:
             if self.current is not None:
                 self.current.register(task)
             return task
+
+        def set_task_factory(self, factory: Any) -> None:
+            self.is_changed = True
+            super().set_task_factory(factory)
+
+        def set_exception_handler(self, handler: Any) -> None:
+            self.is_changed = True
+            super().set_exception_handler(handler)
+
+        def set_default_executor(self, executor: Any) -> None:
+            self.is_changed = True
+            super().set_default_executor(executor)
+
+        def set_debug(self, enabled: bool) -> None:
+            self.is_changed = True
+            super().set_debug(enabled)
 
         def call_later(self, *args: Any, **options: Any) -> asyncio.TimerHandle:
             return self._of_run(super().call_later(*args, **options))
@@ -384,28 +420,23 @@ class _TaskLoop:
             self._loop = self._new()
         loop = self._loop
         run = loop.current = _Run(loop, name, grace)
-        soft_limits.watch()
         before = soft_limits.limited(run)
         try:
             body = run.start(coroutine)
-            while True:
-                try:
-                    return loop.run_until_complete(body)
-                except RuntimeError:
-                    if body.done() or run.is_given_up:
-                        raise
-                    # Somebody has stopped the loop, maybe a callback that an earlier task has left: no end of this.
-                    loop.call_soon(run.watch_generators)
+            loop.run_forever()
+            while not (body.done() or run.is_given_up):
+                # Somebody has stopped the loop, maybe a callback that an earlier task has left: no end of this.
+                loop.call_soon(run.watch_generators)
+                loop.run_forever()
+            if body.done():
+                return body.result()
+            raise SoftTimeLimitExceeded
         except asyncio.CancelledError:
             if run.is_interrupted:
                 raise SoftTimeLimitExceeded from None
             raise TaskCancelledError(
                 f"the coroutine of task {name} was cancelled, or awaited something that was"
             ) from None
-        except RuntimeError:
-            if run.is_given_up and run.phase is _Phase.RUNNING:
-                raise SoftTimeLimitExceeded from None
-            raise
         finally:
             try:
                 if run.phase is _Phase.BEFORE:  # cancelled before its first step
@@ -430,12 +461,13 @@ class _TaskLoop:
 
     def _reset(self, loop: _Loop) -> None:
         """What a task may have changed."""
-        loop.set_task_factory(None)
-        loop.set_exception_handler(None)
-        loop.set_debug(self._debug)
-        if self._executor.is_usable:
+        if loop.is_changed:
+            loop.set_task_factory(None)
+            loop.set_exception_handler(None)
+            loop.set_debug(self._debug)
             loop.set_default_executor(self._executor)
-        else:
+            loop.is_changed = False
+        if not self._executor.is_usable:
             # With what may never end the next task might wait for a thread for ever.  A loop whose executor was shut
             # down by the task does not take another one.
             was_shut = self._executor._shutdown
@@ -510,7 +542,12 @@ def _end(coroutine: Any) -> None:
         return
 
 
-_local = threading.local()  # loops: those of the thread by what makes them
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.loops: dict[LoopFactory, _TaskLoop] = {}  #: those of the thread, by what makes them
+
+
+_local = _Local()
 
 # All that are open, of all threads: a forked child must not even collect its parent's, since closing one changes what
 # the parent's waits for.
@@ -518,22 +555,22 @@ _open: set[asyncio.AbstractEventLoop] = set()
 
 
 def _loop_of_thread(factory: LoopFactory) -> _TaskLoop:
-    loops: dict[LoopFactory, _TaskLoop] = vars(_local).setdefault("loops", {})
-    found = loops.get(factory)
+    found = _local.loops.get(factory)
     if found is None:
-        found = loops[factory] = _TaskLoop(factory)
+        found = _local.loops[factory] = _TaskLoop(factory)
     return found
 
 
 def close_loops(**_: Any) -> None:
     """Close the loops of this thread; its next task makes another one."""
-    for loop in vars(_local).pop("loops", {}).values():
+    loops, _local.loops = _local.loops, {}
+    for loop in loops.values():
         loop.close()
 
 
 def _forget_loops() -> None:
     global _local
-    _local = threading.local()
+    _local = _Local()
 
 
 os.register_at_fork(after_in_child=_forget_loops)

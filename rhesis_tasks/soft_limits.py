@@ -7,17 +7,19 @@ loop, which would be broken by it.  Here it cancels the coroutine that runs, if 
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, Final, Protocol
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-__all__ = ["Limited", "limited", "watch"]
+__all__ = ["Limited", "limited"]
 
 BLOCKED_AFTER: Final = 1.0
 """Seconds that an event loop has to notice the limit, before the code that blocks it is interrupted."""
@@ -39,6 +41,8 @@ class Limited(Protocol):
         """Cancel it, as soon as the loop can."""
 
 
+_main_thread = threading.main_thread().ident
+_watches = False  # the pool's handler was taken over
 _current: Limited | None = None  # what runs in the main thread, where signals are handled
 _insisting: deque[Limited] = deque()  # those for which the next signal was sent from here
 
@@ -46,21 +50,29 @@ _insisting: deque[Limited] = deque()  # those for which the next signal was sent
 def limited(run: Limited | None) -> Limited | None:
     """Say what runs in this thread now; what was before is returned.  Only the main thread's has a limit."""
     global _current
-    if threading.get_ident() != threading.main_thread().ident:
+    if get_ident() != _main_thread:
         return None
+    if not _watches and "billiard.pool" in sys.modules:
+        _watch()
     before, _current = _current, run
     return before
 
 
-def watch() -> None:
+def _watch() -> None:
     """Take over the pool's signal handler, if this is a process of a prefork pool."""
-    pool = sys.modules.get("billiard.pool")  # as it is in such a process
-    if (
-        pool is not None
-        and threading.get_ident() == threading.main_thread().ident
-        and signal.getsignal(signal.SIGUSR1) is pool.soft_timeout_sighandler
-    ):
+    global _watches
+    if signal.getsignal(signal.SIGUSR1) is sys.modules["billiard.pool"].soft_timeout_sighandler:
         signal.signal(signal.SIGUSR1, _on_limit)
+        _watches = True
+
+
+def _start_in_child() -> None:
+    """Begin anew: the one thread of a forked process is its main thread, and its pool puts its own handler there."""
+    global _main_thread, _watches, _current
+    _main_thread, _watches, _current = get_ident(), False, None
+
+
+os.register_at_fork(after_in_child=_start_in_child)
 
 
 def _on_limit(*_: Any) -> None:
@@ -73,7 +85,7 @@ def _on_limit(*_: Any) -> None:
     elif _current.wants_interruption:
         _current.interrupt()
         # By the low-level module, since the signal may have interrupted what holds a lock of threading's.
-        _thread.start_new_thread(_insist, (_current, threading.get_ident()))
+        _thread.start_new_thread(_insist, (_current, get_ident()))
 
 
 def _insist(run: Limited, thread_id: int, kill: Callable[[int, int], None] = signal.pthread_kill) -> None:

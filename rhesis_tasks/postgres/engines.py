@@ -285,7 +285,7 @@ def _cut(connection: Any) -> None:
 
 def cut_lent(loop: asyncio.AbstractEventLoop) -> int:
     """Cut the connections of an event loop that are lent, or on their way to be closed; how many there were."""
-    lent = _lent.pop(loop, None)
+    lent = _lent.pop(loop, None) if _lent else None
     if not lent:
         return 0
     for connection in list(lent):

@@ -27,8 +27,8 @@ from rhesis_tasks import (
     TenantContext,
     configure,
     current_tenant,
-    loops,
     register_context_var,
+    runs,
     soft_limits,
     tenant_scope,
     wrap,
@@ -354,13 +354,70 @@ def test_a_coroutine_that_is_left_behind_is_cancelled_before_the_next_task(
     assert [each[-1] for each in seen] == ["acme", "globex", "acme", "globex"]
     assert [each[0] for each in seen[::2]] == ["cleaned up"] * 2
     assert seen[1][0] is seen[3][0]
-    logged = [(each.levelno, each.getMessage()) for each in caplog.records if each.name == "rhesis_tasks.loops"]
+    logged = [(each.levelno, each.getMessage()) for each in caplog.records if each.name == "rhesis_tasks.runs"]
     assert logged[0] == (
         logging.WARNING,
         "task leave left test_a_coroutine_that_is_left_behind_is_cancelled_before_the_next_task.<locals>.linger "
         "behind: cancelled",
     )
     assert len(logged) == 1, "after a failure that is usual"
+
+
+def test_a_task_that_the_loop_has_not_made_is_cancelled_too(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            seen.append(("cleaned up", organization()))
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        asyncio.Task(linger(), loop=asyncio.get_running_loop())
+        await asyncio.sleep(0)
+
+    run((leave, ACME), (look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["acme", "globex"]
+
+
+def test_what_the_body_leaves_to_be_called_back_is_before_the_next_task(
+    app: Celery, look: Any, run: Any, seen: list[Any]
+) -> None:
+    @app.task(base=BaseTask)
+    async def leave(how: str) -> None:
+        if how == "a callback":
+            asyncio.get_running_loop().call_soon(lambda: seen.append((how, organization())))
+        else:
+            body: Any = asyncio.current_task()
+            body.add_done_callback(lambda _: seen.append((how, organization())))
+
+    run((leave, ACME, "a callback"))
+    assert seen == [("a callback", "acme")]
+    run((leave, ACME, "of the body"))
+    assert seen[1:] == [("of the body", "acme")]
+
+
+def test_a_body_that_is_cancelled_before_it_begins_ends(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+
+        def cancel_all() -> None:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+
+        loop.call_soon(loop.call_soon, cancel_all)  # after the end of this task
+
+    @app.task(base=BaseTask)
+    async def cancelled() -> None:
+        seen.append((None, "ran"))
+
+    run((leave, ACME))
+    with tenant_scope(GLOBEX), pytest.raises(TaskCancelledError):
+        cancelled.apply(throw=True)
+    run((look, GLOBEX))
+
+    assert [each[1] for each in seen] == ["globex"]
 
 
 def test_what_would_not_end_never_runs_again(
@@ -834,8 +891,8 @@ def test_a_soft_limit_before_the_first_step_is_one(
         signal.raise_signal(signal.SIGUSR1)
         return start(self, *args)
 
-    start = loops._Run.start
-    monkeypatch.setattr(loops._Run, "start", interrupted_start)
+    start = runs.Run.start
+    monkeypatch.setattr(runs.Run, "start", interrupted_start)
     with tenant_scope(ACME), pytest.raises(SoftTimeLimitExceeded):
         look.apply(throw=True)
     monkeypatch.undo()

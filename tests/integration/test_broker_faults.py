@@ -471,8 +471,10 @@ def make_consumer(rig: Rig) -> Iterator[MakeConsumer]:
                 name=f"{socket.gethostname()}:test",
                 grace=grace,
                 poll_interval=0.5,
+                max_deliveries=5,
                 free=lambda _: slots,
                 declare=queue.declare_queue,
+                on_dead=lambda *_: None,
                 on_call=lambda: None,
             )
             consumer.start()

@@ -41,6 +41,9 @@ _POOLED_POLL_INTERVAL: Final = 1.0
 _PAUSE_WHEN_FULL: Final = 0.05
 # A message that was delivered twice in vain waits so long, in seconds, for a consumer that holds nothing by itself.
 _PATIENCE: Final = 30.0
+_IDLE_AFTER_AGREEING: Final = 20
+# A publisher that took note of us, and was rolled back after a long time, may have made us be forgotten.
+_ASK_AGAIN: Final = 60.0
 _ALONE_FROM: Final = 3  # the delivery from which on nothing else is claimed with a message
 # While more is in hand than was done since the last look, acknowledgements wait for so long, for more of them to go by
 # the same statement and commit; there is work to do meanwhile.
@@ -135,7 +138,8 @@ class Consumer:
         self._generation = 0  # of the connection that the server's answers came on
         self._outage: float | None = None  # the server cannot be reached: seconds until the attempt after the next
         self._reaped = False
-        self._agreed_at = time.monotonic()
+        self._agree_at = time.monotonic() + grace
+        self._asked_at = 0.0  # when we asked last to be notified
         self.number = queue.new_consumer()
         self._listener = Listener(
             listening,
@@ -470,10 +474,12 @@ class Consumer:
             wanted = taken_from | claimed_from
             notified = self._notified.copy()
             self._notified -= notified
-            if self._waiting_for != wanted or notified - wanted:
+            asks_again = time.monotonic() - self._asked_at > _ASK_AGAIN
+            if self._waiting_for != wanted or notified - wanted or asks_again:
                 self._looks = deque(_LOOKS if claimed_from - self._waiting_for else _LOOKS_FOR_TAKING)
                 # In our books first, for the listener to take out what we are notified of right after.
                 self._waiting_for = set(wanted)
+                self._asked_at = time.monotonic()
                 try:
                     self._queue.wait_for(self.number, sorted(wanted), pass_on=sorted(notified - wanted))
                 except BaseException:
@@ -511,7 +517,8 @@ class Consumer:
         self._queue.connection.open()
         generation = self._queue.connection.generation
         is_back = generation != self._generation or self._reaped
-        if not is_back and time.monotonic() < self._agreed_at + self._grace:
+        began = time.monotonic()
+        if not is_back and began < self._agree_at:
             return  # else also now and then: a claim may be carried out long after its connection was lost
         self._reaped = False  # before, so that another loss meanwhile is not overlooked
         try:
@@ -527,7 +534,8 @@ class Consumer:
             self._reaped = self._reaped or is_back  # nothing is agreed
             raise
         self._buffer = deque(each for each in self._buffer if each.message.token is None or each.message.token in still)
-        self._agreed_at = time.monotonic()
+        # It passes all that we have claimed since a long transaction began: not all of the time, then.
+        self._agree_at = time.monotonic() + max(self._grace, _IDLE_AFTER_AGREEING * (time.monotonic() - began))
         self._generation = generation
 
     def _taken_acks(self) -> list[tuple[int, int]]:

@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 _PROMOTED_AT_ONCE: Final = 1000
 _LONGEST_UNTIL_PROMOTED: Final = 0.5  # seconds, of a message that came to be due sooner than all that we know of
+# Sweeping passes what was so before, while the server cannot remove it: it is done for one part of the time only.
+_IDLE_AFTER_SWEEP: Final = 20
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
@@ -74,6 +76,7 @@ class Listener:
         self._again_at = 0.0
         self._turn_at = math.inf
         self._promote_at = math.inf  # if it is for us to let messages be claimed when they are due
+        self._sweep_at = 0.0
         self.kept_at = 0.0  #: when the server last heard of us
         self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
         self.listening = False  #: whether notifications reach us
@@ -211,7 +214,11 @@ class Listener:
         if self._stopping.is_set():
             return
         self._on_turn()
-        kept = self._queue.tend(self._consumer, self._grace)
+        began = time.monotonic()
+        sweeps = self._promote_at < math.inf and began >= self._sweep_at
+        kept = self._queue.tend(self._consumer, self._grace, sweeps=sweeps)
+        if sweeps:
+            self._sweep_at = time.monotonic() + _IDLE_AFTER_SWEEP * (time.monotonic() - began)
         if not kept.promotes:
             self._promote_at = math.inf
         elif self._promote_at == math.inf:

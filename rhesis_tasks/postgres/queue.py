@@ -348,9 +348,15 @@ class MessageQueue:
         """
         self._call("wait_for", consumer, list(queues), list(pass_on))
 
-    def tend(self, consumer: int, grace: float) -> Kept:
-        """Say that a consumer is there, and look after the others; ``grace`` is in seconds."""
-        return Kept(*self._call("tend", consumer, grace)[0])
+    def tend(self, consumer: int, grace: float, *, sweeps: bool = True) -> Kept:
+        """Say that a consumer is there, and look after the others.
+
+        Args:
+            consumer: the consumer's number.
+            grace: seconds.
+            sweeps: also delete what nobody will want, such as messages that have expired.
+        """
+        return Kept(*self._call("tend", consumer, grace, sweeps)[0])
 
     def promote(self, most: int) -> float | None:
         """Let messages that are due be claimed, at most so many; returns the seconds until the next one is due."""

@@ -19,15 +19,18 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 -- Notify one of those who wait for a queue, if anybody does.  A waiter that another transaction is notifying at this
--- moment is passed over, so that publishers never wait for each other.
+-- moment is passed over, so that publishers never wait for each other.  Index: waiter_queue, from the mark on.
 CREATE OR REPLACE FUNCTION @schema@.wake(of_queue text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     woken integer;
 BEGIN
     DELETE FROM @schema@.waiter w
-    WHERE w.queue = of_queue
-      AND w.consumer = (SELECT consumer FROM @schema@.waiter WHERE queue = of_queue LIMIT 1 FOR UPDATE SKIP LOCKED)
+    WHERE w.ctid = (SELECT x.ctid FROM @schema@.waiter x
+                    WHERE x.queue = of_queue
+                      AND x.since > (SELECT coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0))
+                    ORDER BY x.queue, x.since LIMIT 1 FOR UPDATE SKIP LOCKED)
     RETURNING w.consumer INTO woken;
     IF FOUND THEN
         PERFORM pg_notify(@schema@.channel_of(woken), of_queue);
@@ -40,7 +43,8 @@ CREATE OR REPLACE FUNCTION @schema@.put(
     target @schema@.queue, its_envelope json, its_body bytea, its_priority integer, its_tenant text, its_task_id text,
     its_task_name text, ttl double precision, delay double precision, lapse double precision
 ) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     expiry timestamptz;
     eta    timestamptz;
@@ -64,7 +68,10 @@ BEGIN
         VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
                 its_body);
     END IF;
-    IF due IS NULL AND EXISTS (SELECT FROM @schema@.waiter WHERE queue = target.name) THEN
+    IF due IS NULL
+       AND EXISTS (SELECT FROM @schema@.waiter
+                   WHERE queue = target.name
+                     AND since > (SELECT coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0))) THEN
         PERFORM @schema@.wake(target.name);
     END IF;
 END
@@ -541,7 +548,8 @@ $$;
 -- was in vain.  Index: message_held.
 DROP FUNCTION IF EXISTS @schema@.release_held(integer[], boolean);
 CREATE OR REPLACE FUNCTION @schema@.release_held(consumer_id integer, reason text) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     from_queue text;
     released   integer := 0;
@@ -581,7 +589,8 @@ $$;
 
 -- Give back what a consumer holds under other claims than these, and return those of them that it still holds.
 CREATE OR REPLACE FUNCTION @schema@.agree(consumer_id integer, tokens bigint[]) RETURNS SETOF bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     from_queue text;
 BEGIN
@@ -598,12 +607,59 @@ END
 $$;
 
 -- Wait to be notified of messages in these queues, and in no others.  Of what came in those of pass_on the consumer was
--- notified, and cannot take it: another one is.
+-- notified, and cannot take it: another one is.  Index: waiter_of, from the mark on.
 CREATE OR REPLACE FUNCTION @schema@.wait_for(consumer_id integer, queues text[], pass_on text[]) RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    DELETE FROM @schema@.waiter WHERE consumer = consumer_id AND queue <> ALL (queues);
-    INSERT INTO @schema@.waiter (queue, consumer) SELECT q, consumer_id FROM unnest(queues) q ON CONFLICT DO NOTHING;
-    SELECT @schema@.wake(q) FROM unnest(pass_on) q
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    mark bigint := coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0);
+BEGIN
+    DELETE FROM @schema@.waiter WHERE consumer = consumer_id AND since > mark AND queue <> ALL (queues);
+    INSERT INTO @schema@.waiter (queue, consumer, since)
+    SELECT q, consumer_id, greatest((extract(epoch FROM clock_timestamp()) * 1000000)::bigint, mark + 1)
+    FROM unnest(queues) q
+    WHERE NOT EXISTS (SELECT FROM @schema@.waiter w WHERE w.consumer = consumer_id AND w.since > mark AND w.queue = q);
+    PERFORM @schema@.wake(q) FROM unnest(pass_on) q;
+END
+$$;
+
+-- Keep short what is passed in looking for those who wait, once it has become long.  For tend() alone, as whom it runs.
+--
+-- The mark follows the one who waits longest.  Who waits for long is called, to look and to wait anew.  Only one whom
+-- an open transaction keeps (it has notified it, and is to commit) is left behind.  Nobody is marked off who began to
+-- wait a moment ago, and is not seen here before it has committed.
+CREATE OR REPLACE FUNCTION @schema@.mark_waiters() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    now_ bigint := (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+    mark bigint := coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0);
+    low  bigint;
+    gone @schema@.waiter;
+BEGIN
+    IF pg_relation_size('@schema@.waiter'::regclass) < 131072 OR now_ - mark < 10000000 THEN
+        RETURN;
+    END IF;
+    SELECT min(w.since) INTO low
+    FROM (SELECT DISTINCT queue FROM @schema@.subscription) s,
+         LATERAL (SELECT since FROM @schema@.waiter
+                  WHERE queue = s.queue AND since > greatest(mark, now_ - 60000000) ORDER BY queue, since LIMIT 1) w;
+    low := least(low, now_ - 5000000) - 1;
+    IF low > mark THEN
+        PERFORM setval('@schema@.waiter_mark'::regclass, low);
+    END IF;
+    FOR gone IN
+        DELETE FROM @schema@.waiter w
+        WHERE w.ctid = ANY (ARRAY(
+            SELECT x.ctid FROM @schema@.waiter x
+            WHERE x.queue IN (SELECT queue FROM @schema@.subscription)
+              AND x.since > mark AND x.since < now_ - 20000000
+            FOR UPDATE SKIP LOCKED))
+        RETURNING w.*
+    LOOP
+        PERFORM pg_notify(@schema@.channel_of(gone.consumer), gone.queue);
+    END LOOP;
+END
 $$;
 
 -- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
@@ -623,11 +679,16 @@ $$;
 -- this server was started (so that a restart is no death); or when it has said nothing for three of them (and a second),
 -- though its session is there: it was suspended.  What it held is released, its subscriptions end.
 --
+-- With sweeps it also deletes what nobody will want: that passes what was so before, as long as a long transaction keeps
+-- the server from removing it.
+--
 -- Returns whether the caller was known, whether this session holds its lock, in how many seconds to call again, and
 -- whether it is the one that promotes what is due: the oldest of those who gave a sign lately.
-CREATE OR REPLACE FUNCTION @schema@.tend(consumer_id integer, grace double precision)
+DROP FUNCTION IF EXISTS @schema@.tend(integer, double precision);
+CREATE OR REPLACE FUNCTION @schema@.tend(consumer_id integer, grace double precision, sweeps boolean DEFAULT true)
 RETURNS TABLE (known boolean, locked boolean, again_in double precision, promotes boolean)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     class   integer := @schema@.lock_class();
     me      @schema@.consumer;
@@ -680,23 +741,26 @@ BEGIN
         PERFORM @schema@.unsubscribe(ARRAY[gone.id]);
     END LOOP;
 
-    DELETE FROM @schema@.message
-    WHERE expires_at <= now_ AND claim_token IS NULL;
-    PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
-    WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
-      AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
+    PERFORM @schema@.mark_waiters();
+    IF sweeps THEN
+        DELETE FROM @schema@.message
+        WHERE expires_at <= now_ AND claim_token IS NULL;
+        PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
+        WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
+          AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);
 
-    -- Messages whose queue went while they were published.  Walks from queue to queue, not through the messages.
-    WITH RECURSIVE used (queue) AS (
-        SELECT min(m.queue) FROM @schema@.transient_message m
-        WHERE m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2
-        UNION ALL
-        SELECT (SELECT min(m.queue) FROM @schema@.transient_message m
-                WHERE m.queue > used.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2)
-        FROM used WHERE used.queue IS NOT NULL)
-    DELETE FROM @schema@.transient_message
-    WHERE claim_token IS NULL AND due_at IS NULL
-      AND queue IN (SELECT used.queue FROM used EXCEPT SELECT name FROM @schema@.queue);
+        -- Messages whose queue went while they were published.  Walks from queue to queue, not through the messages.
+        WITH RECURSIVE used (queue) AS (
+            SELECT min(m.queue) FROM @schema@.transient_message m
+            WHERE m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2
+            UNION ALL
+            SELECT (SELECT min(m.queue) FROM @schema@.transient_message m
+                    WHERE m.queue > used.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2)
+            FROM used WHERE used.queue IS NOT NULL)
+        DELETE FROM @schema@.transient_message
+        WHERE claim_token IS NULL AND due_at IS NULL
+          AND queue IN (SELECT used.queue FROM used EXCEPT SELECT name FROM @schema@.queue);
+    END IF;
 
     SELECT min(absent_since + make_interval(secs => coalesce(consumer.grace, tend.grace))) INTO next_
     FROM @schema@.consumer;
@@ -742,7 +806,10 @@ BEGIN
             moved AS (UPDATE @schema@.message m SET due_at = NULL FROM due WHERE m.id = due.id RETURNING m.queue)
             SELECT moved.queue, count(*) FROM moved GROUP BY moved.queue
         LOOP
-            WHILE promoted > 0 AND EXISTS (SELECT FROM @schema@.waiter WHERE queue = in_queue) LOOP
+            WHILE promoted > 0
+                AND EXISTS (SELECT FROM @schema@.waiter
+                            WHERE queue = in_queue
+                              AND since > (SELECT coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0))) LOOP
                 PERFORM @schema@.wake(in_queue);
                 promoted := promoted - 1;
             END LOOP;

@@ -133,10 +133,19 @@ CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.subscription (
     PRIMARY KEY (queue, consumer)
 );
 CREATE INDEX IF NOT EXISTS subscription_consumer ON @schema@.subscription (consumer);
--- Who waits to be notified.  A publisher takes the row away, and notifies.
+-- Who waits to be notified, since when (microseconds of the epoch).  A publisher takes the row away, and notifies.
+--
+-- While a long transaction keeps the server from removing what is gone, each publisher would pass all who have waited
+-- since it began.  So all begin at the mark, a sequence, since that is changed at once for everybody: who waits since
+-- then or before is not looked for, and asks again (see tend()).  Since version 5.
+CREATE SEQUENCE IF NOT EXISTS @schema@.waiter_mark;
 CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.waiter (
     queue    text NOT NULL,
-    consumer integer NOT NULL,
-    PRIMARY KEY (queue, consumer)
+    consumer integer NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
-CREATE INDEX IF NOT EXISTS waiter_consumer ON @schema@.waiter (consumer);
+ALTER TABLE @schema@.waiter
+    DROP CONSTRAINT IF EXISTS waiter_pkey,
+    ADD COLUMN IF NOT EXISTS since bigint NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+CREATE INDEX IF NOT EXISTS waiter_queue ON @schema@.waiter (queue, since);
+DROP INDEX IF EXISTS @schema@.waiter_consumer;
+CREATE INDEX IF NOT EXISTS waiter_of ON @schema@.waiter (consumer, since);

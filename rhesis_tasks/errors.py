@@ -14,6 +14,7 @@ from sqlalchemy.exc import DataError, DBAPIError, ProgrammingError
 __all__ = [
     "ConfigurationError",
     "ContextError",
+    "DatabaseFullError",
     "DatabaseUnavailableError",
     "DeadLetterError",
     "HeaderError",
@@ -173,6 +174,10 @@ class DatabaseUnavailableError(RhesisTasksError, ConnectionError):
     def __init__(self, message: str, *, url: str | None = None) -> None:
         self.url = url
         super().__init__(message)
+
+
+class DatabaseFullError(DatabaseUnavailableError):
+    """The database can be reached, and has no room: for data on its disk, in its memory, or for connections."""
 
 
 class TenantSessionError(RhesisTasksError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import URL
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from ..errors import DatabaseUnavailableError, MissingPrivilegeError, SchemaError
+from ..errors import DatabaseFullError, DatabaseUnavailableError, MissingPrivilegeError, SchemaError
 from ..settings import redacted, require_psycopg
 
 if TYPE_CHECKING:
@@ -30,6 +30,20 @@ _KEEPALIVES: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds
 }
+
+
+# What helps when the server says that it has no room, by SQLSTATE.
+_NEEDS: Final = {
+    "53000": "Give the server more of what it lacks",
+    "53100": "Make room on the server's disk; nothing was stored",
+    "53200": "Give the server more memory, or lower what it may use",
+    "53300": "Raise max_connections, or let fewer processes connect",
+    "53400": "Raise the server's limit",
+}
+
+
+# Of a refused connection libpq has no SQLSTATE, only the text, in the server's language.
+_TOO_MANY: Final = ("too many clients", "too many connections", "remaining connection slots")
 
 
 class Connection:
@@ -88,7 +102,10 @@ class Connection:
                 "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
             ).fetchone() or (None, None)
         except psycopg.Error as error:
-            raise self._unavailable(f"cannot connect to {redacted(self.url)}: {_first_lines(error)}") from None
+            message = f"cannot connect to {redacted(self.url)}: {_first_lines(error)}"
+            if any(word in message for word in _TOO_MANY):
+                raise DatabaseFullError(f"{message}.  {_NEEDS['53300']}", url=redacted(self.url)) from None
+            raise self._unavailable(message) from None
         if is_read_only:
             raw.close()
             raise self._unavailable(read_only(self.url))
@@ -109,6 +126,7 @@ class Connection:
         Raises:
             DatabaseUnavailableError: the connection cannot be made or was lost; whether the statement was
                 carried out is not known then.
+            DatabaseFullError: the server has no room for it; nothing was carried out.
             MissingPrivilegeError: the login may not do this.
             SchemaError: the functions of the library are not there, or are another version's.
         """
@@ -130,6 +148,10 @@ class Connection:
             cursor = raw.execute(sql, parameters)
             return cursor.fetchall() if cursor.description is not None else []
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if (need := _NEEDS.get(error.sqlstate or "")) is not None:
+                raise DatabaseFullError(
+                    f"{redacted(self.url)} has no room: {_first_lines(error)}.  {need}", url=redacted(self.url)
+                ) from error
             if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
                 self.close()
             raise self._unavailable(f"{redacted(self.url)}: {_first_lines(error)}") from error

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from ..errors import DatabaseUnavailableError
+from ..errors import DatabaseFullError, DatabaseUnavailableError
 from .listener import Listener
 from .places import Places
 from .queue import Claimed, Late, MessageQueue
@@ -373,7 +373,8 @@ class Consumer:
             self._claim()
         except DatabaseUnavailableError as error:
             if self._outage is None:
-                _log.warning("consumer %d cannot reach the server, trying again: %s", self.number, error)
+                what = "finds no room in" if isinstance(error, DatabaseFullError) else "cannot reach"
+                _log.warning("consumer %d %s the server, trying again: %s", self.number, what, error)
             pause = self._outage or _FIRST_PAUSE
             self._outage = min(pause * 2, _LONGEST_PAUSE)
             self._next_look = time.monotonic() + pause

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from ..errors import DatabaseUnavailableError
+from ..errors import DatabaseFullError, DatabaseUnavailableError
 from ..settings import redacted
 from .queue import MessageQueue
 
@@ -204,7 +204,12 @@ class Listener:
     def _promote(self) -> None:
         began = time.monotonic()
         if self._promote_at <= began and not self._stopping.is_set():
-            next_due = self._queue.promote(_PROMOTED_AT_ONCE)
+            try:
+                next_due = self._queue.promote(_PROMOTED_AT_ONCE)
+            except DatabaseFullError as error:  # the session is there, and with it the lock
+                _log.warning("consumer %d can promote no message that is due: %s", self._consumer, error)
+                self._promote_at = time.monotonic() + _LONGEST_PAUSE
+                return
             now = time.monotonic()
             pause = _LONGEST_UNTIL_PROMOTED if next_due is None else min(next_due, _LONGEST_UNTIL_PROMOTED)
             # Looking may take long while the server cannot remove what is gone: not all of the time, then.

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,15 +55,31 @@ def as_other_user() -> dict[str, Any]:
 
 
 class PostgresServer:
-    """A cluster of its own on a loopback port; everybody who connects is trusted."""
+    """A cluster of its own on a loopback port; everybody who connects is trusted.
 
-    def __init__(self, programs: Path, folder: Path) -> None:
+    Args:
+        programs: the folder of the server's programs.
+        folder: where its data and its log are.
+        settings: added to its configuration.
+        primary: what it is a streaming standby of.
+    """
+
+    def __init__(
+        self,
+        programs: Path,
+        folder: Path,
+        settings: Mapping[str, object] | None = None,
+        primary: PostgresServer | None = None,
+    ) -> None:
         self.port = free_port()
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
         self._programs = programs
         self._log = folder / "log"
         self._data = folder / "data"
-        self._run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
+        if primary is None:
+            self._run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
+        else:
+            self._run("pg_basebackup", "--dbname", primary.url, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,
@@ -72,6 +88,7 @@ class PostgresServer:
             "log_line_prefix": "%m [%p] %d ",
             # The machine survives these tests, so that what was written need not reach the disk.
             "fsync": "off",
+            **(settings or {}),
         }
         with (self._data / "postgresql.auto.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
@@ -87,6 +104,24 @@ class PostgresServer:
     def restart(self, mode: str = "immediate") -> None:
         """Stop and start it; with ``immediate`` as if it had crashed."""
         self._pg_ctl("restart", "--mode", mode, "--log", str(self._log))
+
+    def promote(self) -> None:
+        """Let a standby take writes."""
+        self._pg_ctl("promote")
+
+    def program(self, name: str, *arguments: str) -> str:
+        """Run one of PostgreSQL's programs, such as pg_dump; returns what it prints.
+
+        Raises:
+            CalledProcessError: it failed.
+        """
+        done = subprocess.run([str(self._programs / name), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    @property
+    def data(self) -> Path:
+        """The folder of its data."""
+        return self._data
 
     @property
     def log(self) -> str:
@@ -113,8 +148,15 @@ class PostgresServer:
 
 
 @contextmanager
-def running_server() -> Iterator[PostgresServer]:
-    """A server that runs until the end of the block."""
+def running_server(
+    *, settings: Mapping[str, object] | None = None, primary: PostgresServer | None = None
+) -> Iterator[PostgresServer]:
+    """A server that runs until the end of the block.
+
+    Args:
+        settings: added to its configuration.
+        primary: what it is a streaming standby of.
+    """
     programs = _programs()
     # Not in pytest's folder, where the server's user may not look.
     folder = Path(tempfile.mkdtemp(prefix="rhesis-pg-", dir="/tmp"))
@@ -122,7 +164,7 @@ def running_server() -> Iterator[PostgresServer]:
         user = as_other_user()
         if user:
             os.chown(folder, user["user"], user["group"])
-        server = PostgresServer(programs, folder)
+        server = PostgresServer(programs, folder, settings, primary)
         server.start()
         try:
             yield server
@@ -161,6 +203,7 @@ class TcpProxy:
         self._refusing = False
         self._flowing = threading.Event()
         self._flowing.set()
+        self._dropped: set[tuple[socket.socket, socket.socket]] = set()
         self._answer_bytes: int | None = None  # how much more the server may say
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -200,6 +243,19 @@ class TcpProxy:
     def flow(self) -> None:
         """Pass it on again."""
         self._flowing.set()
+
+    def drop(self) -> None:
+        """Lose all that is said on today's connections, on both sides, as long as they last: they stay open."""
+        with self._lock:
+            self._dropped = set(self._pairs)
+
+    def forget(self) -> None:
+        """Reset the connections on which everything is lost, as a firewall does that forgot them."""
+        with self._lock:
+            pairs, self._dropped = self._dropped, set()
+        for pair in pairs:
+            for end in pair:
+                _reset(end)
 
     def refuse(self) -> None:
         """Reset all connections, and take no new ones."""
@@ -248,6 +304,8 @@ class TcpProxy:
         try:
             while data := source.recv(65536):
                 self._flowing.wait()
+                if pair in self._dropped:
+                    continue
                 allowed = len(data) if source is pair[0] else self._allowed(len(data))
                 sink.sendall(data[:allowed])
                 if allowed < len(data):
@@ -387,6 +445,8 @@ class Rig:
         url: str | None = None,
         queues: str = "celery",
         linger: bool = False,
+        application: str = "broker_tasks",
+        environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         **options: Any,
     ) -> Child:
@@ -394,10 +454,13 @@ class Rig:
 
         Args:
             linger: let pool processes outlive the main process.
+            application: as for ``celery -A``.
+            environment: added to it.
             arguments: of ``celery worker``.
             options: those of the transport.
         """
         environment = {
+            **(environment or {}),
             broker_tasks.URL: url or self.url,
             broker_tasks.OPTIONS: json.dumps(options),
             broker_tasks.RUNS: str(self.runs.path),
@@ -405,7 +468,7 @@ class Rig:
         }
         worker = self._stack.enter_context(
             running_worker(
-                "broker_tasks",
+                application,
                 cwd=Path(__file__).parent,
                 pool=pool,
                 concurrency=concurrency,

@@ -49,6 +49,11 @@ class Runs:
         self.path = path
         path.touch()
 
+    @classmethod
+    def at(cls, path: str) -> Runs:
+        """Those in a file."""
+        return cls(Path(path))
+
     def write(self, event: str, label: str) -> None:
         """One line, in one piece, whoever else writes."""
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND)

@@ -1,11 +1,12 @@
 """Many tenants at once, random canvases, failures, kills and litter: every body has its launcher's tenant.
 
 ``RHESIS_TASKS_SOAK_BODIES`` says how many bodies there are at least on each pool; run with ``-s`` to see the count, and
-with ``--timeout 0`` if there are many.
+with ``--timeout 0`` if there are many.  ``RHESIS_TASKS_SOAK_SECONDS`` says for how long tables are watched.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broker_rig import Rig, running_rig, running_server
+from fault_tasks import application as new_application
 from applications import application
 from celery import chain, chord, group
 
-from rhesis_tasks import TenantContext, launch_with_context, tenant_scope
+from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
 from rhesis_tasks.processes import Child, wait_until
 from rhesis_tasks.testing import running_worker
 
 HERE = Path(__file__).parent
 BODIES = int(os.environ.get("RHESIS_TASKS_SOAK_BODIES", "500"))
+SECONDS = float(os.environ.get("RHESIS_TASKS_SOAK_SECONDS", "30"))
 TENANTS = [TenantContext(f"tenant-{number}", f"user-{number}") for number in range(20)]
 AT_ONCE = max(300, BODIES // 20)
 """Bodies under way at the same time."""
@@ -180,3 +184,61 @@ def seen(file: Path) -> dict[str, list[tuple[str, ...]]]:
         label, *saw = line.split(" ")
         found.setdefault(label, []).append(tuple(saw))
     return found
+
+
+# --- table health --------------------------------------------------------------------------------------------------
+
+MEGABYTE = 2**20
+SIZES = """
+    SELECT c.relname, pg_relation_size(c.oid) FROM pg_class c
+    WHERE c.relnamespace = 'rhesis_tasks'::regnamespace AND c.relkind IN ('r', 'i')
+      AND c.relname !~ '_record|chord_part'
+"""
+
+
+def health(rig: Rig, worker: Child) -> dict[str, int]:
+    """Bytes of each table and index that holds what comes and goes, and what the worker has taken."""
+    process = Path(f"/proc/{worker.process.pid}")
+    ((connections,),) = rig.query(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()", rig.database
+    )
+    return {
+        **dict(rig.query(SIZES)),
+        "connections": connections,
+        "memory": int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "files": len(list((process / "fd").iterdir())),
+    }
+
+
+@pytest.mark.newest_only
+@pytest.mark.timeout(max(180, 4 * SECONDS))
+def test_tables_connections_memory_and_files_stay_as_they_are_under_steady_load(tmp_path: Path) -> None:
+    """Tasks at once, delayed ones, and ones that expire; what has ended is in the records alone."""
+    # Once a minute by default: at that pace as well, but not in a test of seconds.
+    with running_server(settings={"autovacuum_naptime": "1s"}) as server, running_rig(server, tmp_path) as rig:
+        app = new_application(rig.url, main="soak")
+        worker = rig.worker("threads", concurrency=4, prefetch=8, application="fault_tasks")
+        began, found, sent = time.monotonic(), [], 0
+        for part in itertools.count(1):
+            while time.monotonic() < began + part * SECONDS / 3:
+                with tenant_scope(TENANTS[sent % len(TENANTS)]):
+                    later = 0.5 if sent % 4 == 0 else None
+                    app.send_task("work", [f"task-{sent}"], countdown=later, expires=60 if sent % 5 == 0 else None)
+                sent += 1
+                time.sleep(0.002)
+            found.append(health(rig, worker))
+            if part == 3:
+                break
+        unconfigure(app)
+        app.close()
+        wait_until("all to be done", lambda: not rig.query("SELECT true FROM rhesis_tasks.message LIMIT 1"), TIMEOUT)
+        states = rig.query("SELECT state, count(*) FROM rhesis_tasks.task_record GROUP BY state")
+
+    first, _, last = found
+    grown = {name: (first[name], size) for name, size in last.items() if size > 2 * first[name] + 2 * MEGABYTE}
+    print(f"{sent} tasks in {SECONDS:g} s; " + ", ".join(f"{name} {last[name]:,}" for name in sorted(last)))
+    assert {name: sizes for name, sizes in grown.items() if name != "memory"} == {}
+    assert last["memory"] <= first["memory"] + 20 * MEGABYTE
+    assert last["files"] <= first["files"] + 3
+    assert last["connections"] <= first["connections"] + 2
+    assert states == [("success", sent)]

@@ -42,8 +42,11 @@ ALTER TABLE @schema@.task_record
     ADD COLUMN IF NOT EXISTS last_started_at timestamptz,  -- of the last attempt
     ADD COLUMN IF NOT EXISTS failure_reason  text;         -- why there is no other attempt
 -- What changes in the life of a task is in no index, so that it is written into the page where the record is, with room
--- for it there, and into nothing else (a HOT update).
-ALTER TABLE @schema@.task_record SET (fillfactor = 60);
+-- for it there, and into nothing else (a HOT update).  Old rows go before they are a fifth of the table.
+ALTER TABLE @schema@.task_record SET (
+    fillfactor = 60, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_insert_scale_factor = 0.1, autovacuum_analyze_scale_factor = 0.05,
+    autovacuum_vacuum_cost_delay = 0);
 DROP INDEX IF EXISTS @schema@.task_record_finished_at, @schema@.task_record_unfinished;
 CREATE INDEX IF NOT EXISTS task_record_age ON @schema@.task_record (launched_at);
 CREATE INDEX IF NOT EXISTS task_record_launched_at

@@ -25,6 +25,7 @@ __all__ = [
     "expire",
     "fail",
     "launch",
+    "replay",
     "retry",
     "revoke",
     "start",
@@ -90,7 +91,11 @@ revoke: Final = Transition("be revoked", State.REVOKED, UNFINISHED)
 expire: Final = Transition("expire", State.EXPIRED, UNFINISHED)
 bury: Final = Transition("be given up", State.DEAD, UNFINISHED)
 
+replay: Final = Transition("be replayed", State.QUEUED, frozenset({State.DEAD}))
+"""The only way out of an end, and an operator's alone: its dead letter is a message again."""
+
 TRANSITIONS: Final = (launch, delay, start, retry, succeed, fail, revoke, expire, bury)
+"""What becomes of a task by itself, by its tenant, or by being revoked."""
 
 _TO_CELERY: Final[dict[State, str]] = {
     State.DELAYED: "PENDING",

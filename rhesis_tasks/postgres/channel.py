@@ -21,6 +21,7 @@ from ..errors import DatabaseUnavailableError
 from ..headers import find
 from .consumer import Delivery, Subscription
 from .launching import launch_of
+from .operations import login_name
 from .queue import Claimed, MessageQueue
 
 __all__ = ["Channel", "in_other_form", "not_found"]
@@ -235,7 +236,7 @@ class Channel(virtual.Channel):
         return self._queue.queue_exists(queue)
 
     def _purge(self, queue: str) -> int:
-        return self._queue.purge(queue)
+        return self._queue.purge(queue, login_name())
 
     # --- publishing ------------------------------------------------------------------------------------------
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from ..settings import quote_identifier
+from ..states import UNFINISHED, WAITING, revoke
 from .connection import Connection
 from .launching import Launch
 
@@ -25,6 +27,8 @@ PUBLISH: Final = "SELECT {schema}.publish(%s, %s, %s, %b, %s, %s, %s, %s, %s, %s
 _PUBLISH_WITH_RECORD: Final = PUBLISH.replace(
     "SELECT ", "SELECT {schema}.record_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s), ", 1
 )
+
+_PURGED_AT_ONCE: Final = 1000  # so that nobody waits for long
 
 
 class Place(NamedTuple):
@@ -196,9 +200,24 @@ class MessageQueue:
         """All bindings, as (queue, exchange, routing key)."""
         return [(queue, exchange, routing_key) for queue, exchange, routing_key in self._call("bindings")]
 
-    def purge(self, name: str) -> int:
-        """Delete the messages of a queue that wait or are delayed; returns how many."""
-        return int(self._value("purge", name))
+    def purge(self, name: str, operator: str = "unknown") -> int:
+        """Delete the messages of a queue that wait or are delayed; returns how many.
+
+        Their tasks become revoked, if their records are here.
+
+        Args:
+            name: the queue's.
+            operator: whose name the audit record gets.
+        """
+        operation, gone = uuid.uuid4(), 0
+        last: int | None = -1
+        ended = (f"operator {operator}", revoke.target.value, "TaskRevokedError", "purged by an operator")
+        sources = ([state.value for state in WAITING], [state.value for state in UNFINISHED])
+        while last is not None:
+            values = (operation, name, last, _PURGED_AT_ONCE, operator, *ended, *sources)
+            number, last = self._call("operation_purge", *values)[0]
+            gone += number
+        return gone
 
     def delete_queue(self, name: str, if_unused: bool = False, if_empty: bool = False) -> int | None:
         """Delete a queue with its messages and bindings; returns how many went, None if it was left alone."""

@@ -406,7 +406,7 @@ class PostgresBackend(DatabaseBackend):
         meta: dict[str, Any] = {
             "task_id": task_id,
             "status": row["custom_state"] or to_celery(State(row["state"])),
-            "result": self._decode_stored_result(row["result"]),
+            "result": _revoked_by_operator(row) or self._decode_stored_result(row["result"]),
             "traceback": row["traceback"],
             "children": self.decode(row["children"]) if row["children"] else [],
             "date_done": row["finished_at"],
@@ -720,6 +720,17 @@ def _transition(state: str, error_type: str | None, error_message: str | None) -
     if state == "FAILURE" and error_type == DeadLetterError.__name__:
         return bury
     return by_celery(state)
+
+
+def _revoked_by_operator(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The exception of a task that the database has revoked, where nobody knows how results are written."""
+    if row["state"] != State.REVOKED or row["result"] is not None:
+        return None
+    return {
+        "exc_type": TaskRevokedError.__name__,
+        "exc_message": [row["error_message"]],
+        "exc_module": TaskRevokedError.__module__,
+    }
 
 
 def _storable(value: str | None) -> str | None:

@@ -30,7 +30,7 @@ __all__ = [
 
 VERSION: Final = 5
 """Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks,
-version 4 the reason of a failure, version 5 delayed delivery and dead letters."""
+version 4 the reason of a failure, version 5 delayed delivery, dead letters and the operators' audit records."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""
@@ -75,7 +75,13 @@ def schema_sql(
     name = schema_name(schema)
     parts = [
         _sql(part, name)
-        for part in ("version", *(("records", "tables") if tables else ()), "record_functions", "functions")
+        for part in (
+            "version",
+            *(("records", "tables") if tables else ()),
+            "record_functions",
+            "functions",
+            "operation_functions",
+        )
     ]
     for role in (*roles, *web_roles):
         parts.append(_sql("grant_web", name, role))

@@ -18,6 +18,7 @@ from rhesis_tasks.states import (
     by_celery,
     expire,
     launch,
+    replay,
     revoke,
     start,
     succeed,
@@ -50,6 +51,16 @@ def test_what_is_over_is_over(transition: Transition, state: State) -> None:
     with pytest.raises(IllegalTransitionError, match=f"a task that is {state} cannot {transition.name}") as error:
         transition(state)
     assert (error.value.state, error.value.name) == (state, transition.name)
+
+
+@pytest.mark.parametrize("state", State)
+def test_an_operator_brings_back_what_was_given_up_and_nothing_else(state: State) -> None:
+    if state is State.DEAD:
+        assert replay(state) is State.QUEUED
+    else:
+        with pytest.raises(IllegalTransitionError, match=f"a task that is {state} cannot be replayed"):
+            replay(state)
+    assert replay not in TRANSITIONS
 
 
 @given(st.lists(st.sampled_from(TRANSITIONS)))

@@ -115,6 +115,19 @@ INSERT INTO @schema@.dead_letter (id, queue, priority, deliveries, reason, publi
 SELECT id, queue, priority, deliveries, 'it could not be read', published_at, tenant, task_id, task_name, envelope, body
 FROM gone;
 
+-- What operators did, and what it came to.  Nobody changes a row.  Since version 5.
+CREATE TABLE IF NOT EXISTS @schema@.audit_record (
+    id        bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    operation uuid NOT NULL,      -- that of a million messages is done in batches, with a row for each
+    action    text NOT NULL,
+    operator  text NOT NULL,      -- as they name themselves
+    login     text NOT NULL,      -- of the database
+    filter    jsonb NOT NULL,
+    counts    jsonb NOT NULL,
+    at        timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX IF NOT EXISTS audit_record_operation ON @schema@.audit_record (operation, id);
+
 -- Who consumes.  A consumer that is alive holds the advisory lock (lock_class(), id), or clears absent_since; and it
 -- gives a sign.  All three tables are unlogged: after a crash of the server every consumer attaches anew.
 CREATE UNLOGGED TABLE IF NOT EXISTS @schema@.consumer (

@@ -1,0 +1,634 @@
+"""``rhesis_tasks.operations``: what an operator sees of all tenants' messages, and does to them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from applications import application
+from celery import Celery, chain, chord
+from celery.exceptions import TaskRevokedError
+from conftest import MakeApp
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from rhesis_tasks import TenantContext, configure, launch_with_context, operations, tenant_scope, unconfigure
+from rhesis_tasks.errors import ConfigurationError, DeadLetterError, MissingPrivilegeError, NotSupportedError
+from rhesis_tasks.operations import MessageFilter, MessageState, Operation
+from rhesis_tasks.postgres.schema import create_schema
+from rhesis_tasks.processes import python, wait_until
+from rhesis_tasks.settings import quote_identifier
+from rhesis_tasks.states import State
+from rhesis_tasks.testing import TenantDatabase, running_worker
+
+HERE = Path(__file__).parent
+TIMEOUT = 60
+WAITING, DELAYED, RUNNING, DEAD = MessageState
+numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def tasks_and_database(postgres_url: str) -> Iterator[tuple[Any, TenantDatabase]]:
+    with application(postgres_url, "operation_tasks") as (tasks, database):
+        yield tasks, database
+
+
+@pytest.fixture
+def tasks(tasks_and_database: tuple[Any, TenantDatabase]) -> Any:
+    return tasks_and_database[0]
+
+
+@pytest.fixture
+def app(tasks: Any) -> Celery:
+    app: Celery = tasks.app
+    return app
+
+
+@pytest.fixture
+def database(tasks_and_database: tuple[Any, TenantDatabase]) -> TenantDatabase:
+    return tasks_and_database[1]
+
+
+@pytest.fixture
+def queue() -> str:
+    """A queue of this test's own, that nobody consumes unless told to."""
+    return f"queue-{next(numbers)}"
+
+
+@pytest.fixture
+def acme() -> TenantContext:
+    return TenantContext(f"acme-{next(numbers)}", "ann")
+
+
+@pytest.fixture
+def globex() -> TenantContext:
+    return TenantContext(f"globex-{next(numbers)}", "gus")
+
+
+@pytest.fixture
+def worker(database: TenantDatabase, queue: str) -> Iterator[None]:
+    """A worker of the test's queue, with processes that can be terminated."""
+    with running_worker("operation_tasks", cwd=HERE, env={"DATABASE_URL": database.url}, arguments=("--queues", queue)):
+        yield
+
+
+@pytest.fixture
+def launch(queue: str) -> Callable[..., str]:
+    """Launches a task into the test's queue, and returns its id."""
+
+    def launched(task: Any, *args: Any, context: TenantContext, **options: Any) -> str:
+        return str(launch_with_context(task, *args, context=context, options={"queue": queue, **options}).id)
+
+    return launched
+
+
+@pytest.fixture
+def bury(app: Celery, database: TenantDatabase) -> Callable[[TenantContext, str], None]:
+    """Makes a dead letter of a message that waits, as the worker does that gives it up."""
+
+    def give_up(tenant: TenantContext, task_id: str) -> None:
+        error = DeadLetterError("its message was given up: it was delivered 5 times in vain")
+        with tenant_scope(tenant):
+            app.backend.mark_as_failure(task_id, error)
+        with database.owner.begin() as connection:
+            (number,) = connection.execute(
+                text("UPDATE rhesis_tasks.message SET claim_token = 0 WHERE task_id = :id RETURNING id"),
+                {"id": task_id},
+            ).one()
+            connection.execute(text("SELECT rhesis_tasks.bury(:id, 0, 'a test')"), {"id": number})
+
+    return give_up
+
+
+@pytest.fixture
+def in_each_state(
+    tasks: Any, launch: Callable[..., str], bury: Callable[[TenantContext, str], None]
+) -> Callable[[TenantContext], dict[MessageState, str]]:
+    """Launches three tasks of a tenant: one waits, one is delayed, one is dead."""
+
+    def launched(tenant: TenantContext) -> dict[MessageState, str]:
+        ids = {
+            WAITING: launch(tasks.add, 1, 2, context=tenant),
+            DELAYED: launch(tasks.add, 3, 4, context=tenant, countdown=3600),
+            DEAD: launch(tasks.add, 5, 6, context=tenant),
+        }
+        bury(tenant, ids[DEAD])
+        return ids
+
+    return launched
+
+
+InEachState = Callable[[TenantContext], dict[MessageState, str]]
+
+
+def record(app: Celery, tenant: TenantContext, task_id: str) -> Any:
+    with tenant_scope(tenant):
+        return app.backend.get_record(task_id)
+
+
+def state(app: Celery, tenant: TenantContext, task_id: str) -> State | None:
+    found = record(app, tenant, task_id)
+    return None if found is None else found.state
+
+
+def wait_for_state(app: Celery, tenant: TenantContext, task_id: str, wanted: State) -> None:
+    wait_until(f"{task_id} to be {wanted}", lambda: state(app, tenant, task_id) is wanted, TIMEOUT)
+
+
+def of(tenant: TenantContext, **more: Any) -> MessageFilter:
+    return MessageFilter(organization_id=tenant.organization_id, **more)
+
+
+def audited(app: Celery, operation: Operation) -> list[Any]:
+    return [each for each in operations.audit_records(app, limit=1000) if each.operation == operation.id]
+
+
+# --- looking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("worker")
+def test_messages_in_each_state_are_listed_and_counted_without_bodies(
+    tasks: Any, app: Celery, acme: TenantContext, queue: str, launch: Callable[..., str], bury: Any
+) -> None:
+    running = launch(tasks.runs_until_asked, context=acme)
+    wait_for_state(app, acme, running, State.STARTED)
+    waiting = launch(tasks.add, 1, 2, context=acme, queue=f"{queue}-other")
+    delayed = launch(tasks.add, 1, 2, context=acme, countdown=3600)
+    dead = launch(tasks.add, 1, 2, context=acme, queue=f"{queue}-other")
+    bury(acme, dead)
+
+    found = {each.task_id: each for each in operations.messages(app, of(acme))}
+    operations.revoke(app, of(acme, task_id=running), operator="olga", dry_run=False)
+
+    assert {task_id: each.state for task_id, each in found.items()} == {
+        running: RUNNING,
+        waiting: WAITING,
+        delayed: DELAYED,
+        dead: DEAD,
+    }
+    assert found[running].worker is not None
+    assert found[delayed].due_at is not None
+    assert (found[dead].reason, found[dead].died_at is not None) == ("a test", True)
+    assert {(each.organization_id, each.user_id) for each in found.values()} == {(acme.organization_id, "ann")}
+    assert not {"body", "envelope"} & set(dir(found[dead]))
+    assert operations.count(app, of(acme, states=[WAITING, DELAYED, DEAD])) == {WAITING: 1, DELAYED: 1, DEAD: 1}
+    assert [each.task_id for each in operations.dead_letters(app, of(acme))] == [dead]
+
+
+def test_messages_are_paged_by_the_last_one_that_was_seen(
+    app: Celery, acme: TenantContext, in_each_state: InEachState
+) -> None:
+    ids = in_each_state(acme)
+    seen: list[Any] = []
+    while page := operations.messages(app, of(acme), limit=1, after=seen[-1].id if seen else None):
+        seen += page
+
+    assert [each.task_id for each in seen] == [ids[WAITING], ids[DELAYED], ids[DEAD]]
+
+
+def test_each_part_of_a_filter_leaves_others_out(
+    tasks: Any, app: Celery, acme: TenantContext, globex: TenantContext, queue: str, launch: Callable[..., str]
+) -> None:
+    old = launch(tasks.add, 1, 2, context=acme)
+    names = launch(tasks.total, [1], context=TenantContext(acme.organization_id, "zoe"))
+    foreign = launch(tasks.add, 1, 2, context=globex, queue=f"{queue}-other")
+    published_at = operations.messages(app, MessageFilter(task_id=names))[0].published_at
+    nobody = app.send_task("celery.ping", task_id=f"nobody-{queue}", queue=queue).id
+
+    def ids(**which: Any) -> set[str | None]:
+        return {each.task_id for each in operations.messages(app, MessageFilter(**which), limit=1000)}
+
+    assert ids(organization_id=acme.organization_id) == {old, names}
+    assert ids(queue=f"{queue}-other") == {foreign}
+    assert ids(queue=queue, user_id="zoe") == {names}
+    assert ids(queue=queue, task_name="operation_tasks.add") == {old}
+    assert ids(queue=queue, published_before=published_at) == {old}
+    assert ids(queue=queue, organization_id="") == {nobody}
+    assert ids(queue=queue, older_than=3600) == set()
+    assert ids(queue=queue, older_than=0) == {old, names, nobody}
+    assert ids(task_id=foreign, organization_id=acme.organization_id) == set()
+    assert ids(queue=queue, states=[]) == set()
+    assert ids(queue="no such queue") == set()
+
+
+# --- purging -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["purge", "replay", "revoke", "terminate", "offboard"])
+def test_a_dry_run_counts_and_changes_nothing(
+    app: Celery, acme: TenantContext, in_each_state: InEachState, action: str
+) -> None:
+    ids = in_each_state(acme)
+    before = operations.messages(app, of(acme))
+    which: Any = acme.organization_id if action == "offboard" else of(acme)
+
+    done = getattr(operations, action)(app, which, operator="olga")
+
+    assert done.is_dry_run and done.found
+    assert operations.messages(app, of(acme)) == before
+    assert [state(app, acme, ids[each]) for each in (WAITING, DELAYED, DEAD)] == ["queued", "delayed", "dead"]
+    assert audited(app, done) == []
+
+
+def test_a_purge_deletes_what_waits_and_says_in_the_records_who_did_it(
+    app: Celery,
+    acme: TenantContext,
+    globex: TenantContext,
+    in_each_state: InEachState,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ids, others = in_each_state(acme), in_each_state(globex)
+    others_before = operations.messages(app, of(globex))
+
+    with caplog.at_level(logging.INFO, "rhesis_tasks.audit"):
+        done = operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    assert (dict(done.before), dict(done.after)) == ({WAITING: 1, DELAYED: 1}, {WAITING: 0, DELAYED: 0})
+    assert (dict(done.counts), done.records) == ({"waiting": 1, "delayed": 1, "records": 2}, 2)
+    assert [each.task_id for each in operations.messages(app, of(acme))] == [ids[DEAD]]
+    for task_id in (ids[WAITING], ids[DELAYED]):
+        found = record(app, acme, task_id)
+        assert (found.state, found.abort_requested_by) == (State.REVOKED, "operator olga")
+        assert found.error_message == "purged by an operator"
+        assert found.finished_at is not None
+    assert state(app, acme, ids[DEAD]) is State.DEAD
+    assert operations.messages(app, of(globex)) == others_before
+    assert state(app, globex, others[WAITING]) is State.QUEUED
+    [line] = [each.getMessage() for each in caplog.records if each.name == "rhesis_tasks.audit"]
+    assert line.startswith("purge by olga of {")
+    [note] = audited(app, done)
+    assert (note.action, note.operator, note.counts) == ("purge", "olga", dict(done.counts))
+    assert note.filter == {"organization_id": acme.organization_id, "states": ["waiting", "delayed"]}
+
+
+def test_whoever_waits_for_a_purged_task_hears_of_it(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str]
+) -> None:
+    result = app.AsyncResult(launch(tasks.add, 1, 2, context=acme))
+    operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    with tenant_scope(acme), pytest.raises(TaskRevokedError, match="purged by an operator"):
+        result.get(timeout=TIMEOUT)
+
+
+def test_dead_letters_are_purged_where_they_are_named_and_their_tasks_stay_dead(
+    app: Celery, acme: TenantContext, in_each_state: InEachState
+) -> None:
+    ids = in_each_state(acme)
+
+    done = operations.purge(app, of(acme, states=[DEAD]), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"dead": 1}
+    assert {each.state for each in operations.messages(app, of(acme))} == {WAITING, DELAYED}
+    assert state(app, acme, ids[DEAD]) is State.DEAD
+
+
+def test_a_task_that_began_in_vain_and_waits_again_is_revoked_too(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str]
+) -> None:
+    task_id = launch(tasks.add, 1, 2, context=acme)
+    with tenant_scope(acme):
+        app.backend.store_result(task_id, None, "STARTED")
+
+    operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    assert state(app, acme, task_id) is State.REVOKED
+
+
+def test_a_purge_of_everything_has_to_be_said_and_what_is_claimed_is_not_purged(app: Celery) -> None:
+    with pytest.raises(ConfigurationError, match="Name an organization, user, task, queue or age"):
+        operations.purge(app, MessageFilter(states=[WAITING]), operator="olga", dry_run=False)
+    with pytest.raises(ConfigurationError, match="Revoke or terminate it"):
+        operations.purge(app, MessageFilter(queue="a", states=[RUNNING]), operator="olga", dry_run=False)
+    with pytest.raises(ConfigurationError, match="the name of its operator"):
+        operations.purge(app, MessageFilter(queue="a"), operator=" ", dry_run=False)
+
+
+def test_the_rest_of_a_purged_chain_is_revoked_and_a_chord_hears_of_its_part(
+    tasks: Any, app: Celery, acme: TenantContext, queue: str
+) -> None:
+    options = {"queue": queue}
+    last = launch_with_context(chain(tasks.add.s(1, 2).set(**options), tasks.add.s(3)), context=acme)
+    header = [tasks.add.s(1, 2).set(**options), tasks.add.s(3, 4).set(**options)]
+    body = launch_with_context(chord(header, tasks.total.s()), context=acme)
+
+    done = operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"waiting": 3, "records": 3}
+    assert state(app, acme, last.id) is State.REVOKED
+    assert record(app, acme, last.parent.id).abort_requested_by == "operator olga"
+    with tenant_scope(acme), pytest.raises(Exception, match="purged by an operator"):
+        body.get(timeout=TIMEOUT)
+
+
+def test_many_messages_go_in_batches_that_are_one_operation(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "BATCH", 2)
+    for _ in range(5):
+        launch(tasks.add, 1, 2, context=acme)
+
+    done = operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"waiting": 5, "records": 5}
+    [note] = audited(app, done)
+    assert note.counts == {"waiting": 5, "records": 5}
+
+
+def test_celery_purge_and_ours_do_the_same(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    globex: TenantContext,
+    queue: str,
+    launch: Callable[..., str],
+    bury: Any,
+    database: TenantDatabase,
+) -> None:
+    """Waiting and delayed messages go, and their tasks are revoked; what is claimed and what is dead stays."""
+
+    def fill(tenant: TenantContext, name: str) -> list[str]:
+        ids = [
+            launch(tasks.add, 1, 2, context=tenant, queue=name),
+            launch(tasks.add, 1, 2, context=tenant, queue=name, countdown=3600),
+            launch(tasks.add, 1, 2, context=tenant, queue=name),
+            launch(tasks.add, 1, 2, context=tenant, queue=name),
+        ]
+        bury(tenant, ids[2])
+        database.execute(f"UPDATE rhesis_tasks.message SET claim_token = 0, holder = 0 WHERE task_id = '{ids[3]}'")
+        return ids
+
+    theirs, ours = fill(acme, f"{queue}-theirs"), fill(globex, f"{queue}-ours")
+
+    celery = subprocess.run(
+        python("-m", "celery", "-A", "operation_tasks", "purge", "--force", "--queues", f"{queue}-theirs"),
+        cwd=HERE,
+        env={"DATABASE_URL": database.url, "PATH": "", "USER": "olga"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    done = operations.purge(app, MessageFilter(queue=f"{queue}-ours"), operator="olga", dry_run=False)
+
+    def seen(tenant: TenantContext, ids: list[str]) -> list[Any]:
+        records = [record(app, tenant, task_id) for task_id in ids]
+        found = {each.task_id: each.state for each in operations.messages(app, of(tenant))}
+        return [(found.get(each.task_id), each.state, each.error_message) for each in records]
+
+    notes = operations.audit_records(app, limit=2)
+    assert "Purged 2 messages" in celery.stdout
+    assert sum(done.before.values()) == 2
+    assert seen(acme, theirs) == seen(globex, ours)
+    assert [each[:2] for each in seen(acme, theirs)] == [
+        (None, "revoked"),
+        (None, "revoked"),
+        (DEAD, "dead"),
+        (RUNNING, "queued"),
+    ]
+    assert notes[0].counts == notes[1].counts
+    assert [(each.action, each.operator) for each in notes] == [("purge", "olga"), ("purge", "olga")]
+    database.execute("DELETE FROM rhesis_tasks.message WHERE holder = 0")
+
+
+def test_while_workers_run_each_task_is_done_or_purged_and_never_both(
+    tasks: Any, app: Celery, acme: TenantContext, queue: str, launch: Callable[..., str], database: TenantDatabase
+) -> None:
+    ids = [launch(tasks.add, number, 1, context=acme) for number in range(300)]
+
+    def workers() -> Any:
+        return running_worker(
+            "operation_tasks", cwd=HERE, pool="threads", env={"DATABASE_URL": database.url},
+            arguments=("--queues", queue),
+        )  # fmt: skip
+
+    with workers(), workers():
+        wait_until("a task to be done", lambda: State.SUCCESS in {state(app, acme, each) for each in ids}, TIMEOUT)
+        done = operations.purge(app, of(acme), operator="olga", dry_run=False)
+        wait_until("no message to be left", lambda: not operations.messages(app, of(acme)), TIMEOUT)
+
+    states = [state(app, acme, each) for each in ids]
+    assert set(states) <= {State.SUCCESS, State.REVOKED}
+    assert states.count(State.REVOKED) == done.counts.get("waiting", 0)
+
+
+# --- replaying -----------------------------------------------------------------------------------------------------
+
+
+def test_a_replayed_dead_letter_runs_under_its_task_id(
+    app: Celery, acme: TenantContext, queue: str, in_each_state: InEachState, database: TenantDatabase
+) -> None:
+    ids = in_each_state(acme)
+
+    done = operations.replay(app, of(acme), operator="olga", dry_run=False)
+    [message] = operations.messages(app, MessageFilter(task_id=ids[DEAD]))
+    again = operations.replay(app, of(acme), operator="olga", dry_run=False)
+
+    assert (dict(done.before), dict(done.after), done.counts) == ({DEAD: 1}, {DEAD: 0}, {"replayed": 1, "records": 1})
+    assert (message.state, message.queue, message.deliveries) == (WAITING, queue, 0)
+    found = record(app, acme, ids[DEAD])
+    assert (found.state, found.error_type, found.finished_at) == (State.QUEUED, None, None)
+    assert not again.found and audited(app, again) == []
+    assert [each.operator for each in audited(app, done)] == ["olga"]
+    with running_worker(
+        "operation_tasks", cwd=HERE, pool="solo", env={"DATABASE_URL": database.url}, arguments=("--queues", queue)
+    ):
+        wait_for_state(app, acme, ids[DEAD], State.SUCCESS)
+    assert record(app, acme, ids[DEAD]).result == 11
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_worker_that_waits_is_woken_by_a_replay(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    queue: str,
+    launch: Callable[..., str],
+    bury: Any,
+    database: TenantDatabase,
+) -> None:
+    task_id = launch(tasks.add, 5, 6, context=acme, queue=f"{queue}-other")
+    bury(acme, task_id)
+    database.execute(f"UPDATE rhesis_tasks.dead_letter SET queue = '{queue}' WHERE task_id = '{task_id}'")
+
+    operations.replay(app, MessageFilter(task_id=task_id), operator="olga", dry_run=False)
+
+    wait_for_state(app, acme, task_id, State.SUCCESS)
+
+
+def test_the_dead_letter_of_a_task_that_has_ended_otherwise_is_kept(
+    app: Celery, acme: TenantContext, in_each_state: InEachState, database: TenantDatabase
+) -> None:
+    ids = in_each_state(acme)
+    database.execute(f"UPDATE rhesis_tasks.task_record SET state = 'success' WHERE task_id = '{ids[DEAD]}'")
+
+    done = operations.replay(app, of(acme), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"kept": 1}
+    assert len(operations.dead_letters(app, of(acme))) == 1
+
+
+def test_a_late_writer_changes_nothing_of_a_task_that_is_dead(
+    app: Celery, acme: TenantContext, in_each_state: InEachState
+) -> None:
+    ids = in_each_state(acme)
+
+    with tenant_scope(acme):
+        for late in ("STARTED", "SUCCESS", "RETRY"):
+            app.backend.store_result(ids[DEAD], None, late)
+
+    assert state(app, acme, ids[DEAD]) is State.DEAD
+
+
+# --- stopping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("worker")
+def test_revoking_takes_away_what_waits_and_asks_what_runs_to_stop(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str]
+) -> None:
+    running = launch(tasks.runs_until_asked, context=acme)
+    wait_for_state(app, acme, running, State.STARTED)
+    delayed = launch(tasks.add, 1, 2, context=acme, countdown=3600)
+
+    done = operations.revoke(app, of(acme), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"delayed": 1, "running": 1, "records": 2}
+    assert state(app, acme, delayed) is State.REVOKED
+    wait_for_state(app, acme, running, State.SUCCESS)
+    found = record(app, acme, running)
+    assert (found.result, found.abort_requested_by) == ("asked", "operator olga")
+
+
+@pytest.mark.usefixtures("worker")
+def test_terminating_ends_what_runs_and_what_its_worker_holds_never_begins(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str]
+) -> None:
+    running = [launch(tasks.never_ends, context=acme) for _ in range(2)]
+    for each in running:
+        wait_for_state(app, acme, each, State.STARTED)
+    held = launch(tasks.add, 1, 2, context=acme)
+    wait_until(
+        "the third one to be claimed",
+        lambda: operations.count(app, of(acme, states=[RUNNING])) == {RUNNING: 3},
+        TIMEOUT,
+    )
+
+    done = operations.terminate(app, of(acme), operator="olga", dry_run=False)
+
+    assert done.counts["running"] == 3
+    for each in (*running, held):
+        wait_for_state(app, acme, each, State.REVOKED)
+    wait_until("no message to be left", lambda: not operations.messages(app, of(acme)), TIMEOUT)
+
+
+def test_a_dead_letter_cannot_be_revoked(app: Celery, acme: TenantContext) -> None:
+    with pytest.raises(ConfigurationError, match="no task to stop"):
+        operations.revoke(app, of(acme, states=[DEAD]), operator="olga", dry_run=False)
+
+
+# --- offboarding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("worker")
+def test_offboarding_leaves_nothing_of_a_tenant_but_the_audit(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    globex: TenantContext,
+    queue: str,
+    in_each_state: InEachState,
+    launch: Callable[..., str],
+    database: TenantDatabase,
+) -> None:
+    running = launch(tasks.never_ends, context=acme)
+    wait_for_state(app, acme, running, State.STARTED)
+    launch(tasks.add, 1, 2, context=acme, queue=f"{queue}-other")
+    foreign = launch(tasks.add, 1, 2, context=globex, queue=f"{queue}-other")
+    with tenant_scope(acme):
+        app.GroupResult(f"group-{queue}", [app.AsyncResult(running)]).save()
+
+    with pytest.raises(ConfigurationError, match="has 1 running task; nothing was changed"):
+        operations.offboard(app, acme.organization_id, operator="olga", dry_run=False)
+    refused = operations.count(app, of(acme))
+    done = operations.offboard(app, acme.organization_id, operator="olga", dry_run=False, stop=True)
+    again = operations.offboard(app, acme.organization_id, operator="olga", dry_run=False)
+
+    assert (refused[RUNNING], refused[WAITING]) == (1, 1)
+    assert (done.counts["waiting"], done.counts["running"], done.counts["records"]) == (1, 1, 2)
+    assert done.counts["groups"] == 1
+    assert not operations.messages(app, of(acme))
+    with database.owner.connect() as connection:
+        for table in ("task_record", "group_record", "chord_part"):
+            statement = text(f"SELECT count(*) FROM rhesis_tasks.{table} WHERE organization_id = :id")
+            assert connection.scalar(statement, {"id": acme.organization_id}) == 0, table
+    assert state(app, globex, foreign) is State.QUEUED
+    assert not again.found
+    [note] = audited(app, done)
+    assert (note.action, note.filter) == ("offboard", {"organization_id": acme.organization_id})
+
+
+# --- who may, and where --------------------------------------------------------------------------------------------
+
+
+def test_a_login_that_only_launches_may_do_none_of_it(database: TenantDatabase, make_app: MakeApp) -> None:
+    web = f"web_{uuid.uuid4().hex[:8]}"
+    admin_url = database.owner.url.set(username=web, password="secret").set(drivername="postgresql")
+    with database.admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {quote_identifier(web)} LOGIN PASSWORD 'secret'")
+    try:
+        create_schema(database.owner, web_roles=[web])
+        url = admin_url.render_as_string(hide_password=False)
+        app = make_app(url, broker_url=url)
+        for call in (
+            lambda: operations.messages(app),
+            lambda: operations.count(app),
+            lambda: operations.audit_records(app),
+            lambda: operations.purge(app, MessageFilter(queue="a"), operator="mallory", dry_run=False),
+            lambda: operations.offboard(app, "acme", operator="mallory", dry_run=False),
+        ):
+            with pytest.raises(MissingPrivilegeError, match="schema create"):
+                call()
+    finally:
+        admin = create_engine(database.admin.url.set(database=database.owner.url.database), poolclass=NullPool)
+        with admin.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {quote_identifier(web)}")
+            connection.exec_driver_sql(f"DROP ROLE {quote_identifier(web)}")
+
+
+def test_audit_records_can_be_changed_by_nobody_who_runs_workers(database: TenantDatabase) -> None:
+    with database.owner.connect() as connection:
+        may = connection.scalar(
+            text("SELECT has_table_privilege(:role, 'rhesis_tasks.audit_record', 'SELECT,INSERT,UPDATE,DELETE')"),
+            {"role": database.role},
+        )
+
+    assert may is False
+
+
+def test_where_results_are_elsewhere_no_record_is_touched(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str], database: TenantDatabase
+) -> None:
+    task_id = launch(tasks.add, 1, 2, context=acme)
+    other = Celery("elsewhere", set_as_current=False)
+    configure(other, database.url, result_backend="cache+memory://")
+    try:
+        done = operations.purge(other, of(acme, task_id=task_id), operator="olga", dry_run=False)
+        gone = operations.messages(other, of(acme))
+    finally:
+        unconfigure(other)
+
+    assert done.records is None
+    assert not gone
+    assert state(app, acme, task_id) is State.QUEUED
+
+
+def test_another_broker_has_its_own_tools(make_app: MakeApp) -> None:
+    with pytest.raises(NotSupportedError, match="broker is not PostgreSQL"):
+        operations.messages(make_app())

@@ -1,11 +1,13 @@
-"""Records of tasks as a terminal shows them."""
+"""Records, messages and what operators did, as a terminal shows them: in 80 columns, without colours."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -16,9 +18,21 @@ from .status import TaskNode, get_task
 if TYPE_CHECKING:
     from celery import Celery
 
+    from .operations import AuditRecord, MessageCount, MessageInfo, Operation
     from .postgres.records import TaskRecord
 
-__all__ = ["describe", "follow_task", "line", "outline", "progress_text"]
+__all__ = [
+    "as_json",
+    "audit_line",
+    "count_table",
+    "describe",
+    "follow_task",
+    "line",
+    "message_lines",
+    "operation_lines",
+    "outline",
+    "progress_text",
+]
 
 LOOK_EVERY: Final = 0.5
 """Seconds between two looks at a task that is followed."""
@@ -95,6 +109,93 @@ def follow_task(app: Celery, task_id: str) -> TaskRecord | None:
             bar.update(max(0, bar.length - bar.pos))
         bar.render_finish()
     return record
+
+
+def message_lines(message: MessageInfo) -> Iterator[str]:
+    """A message in two or three lines, which fit a terminal of 80 columns."""
+    now = datetime.datetime.now(datetime.UTC)
+    yield f"{message.state:8}{_age(now - message.published_at):>6}  {message.task_id or '-':36}  {message.queue}"
+    owner = "no organization" if message.organization_id is None else f"organization {message.organization_id}"
+    yield f"{'':16}{message.task_name or '-'}"
+    yield f"{'':16}{owner}" + (f", user {message.user_id}" if message.user_id else "")
+    more = []
+    if message.due_at is not None:
+        more.append(f"due {_time(message.due_at)}")
+    if message.worker is not None:
+        more.append(f"by {message.worker}")
+    if message.deliveries:
+        more.append(f"delivered {message.deliveries} {'time' if message.deliveries == 1 else 'times'}")
+    if message.reason is not None:
+        more.append(message.reason)
+    if more:
+        yield f"{'':16}{'; '.join(more)}"
+
+
+def count_table(counts: Iterable[MessageCount], title: str) -> Iterator[str]:
+    """A table of how many messages there are."""
+    now = datetime.datetime.now(datetime.UTC)
+    yield f"{'state':9}{'messages':>10}{'oldest':>8}  {title}"
+    for each in counts:
+        yield f"{each.state:9}{each.number:>10,}{_age(now - each.oldest):>8}  {each.name or '-'}"
+
+
+def operation_lines(done: Operation) -> Iterator[str]:
+    """What an operation came to, or would."""
+    yield f"{done.action} of {_filter_text(done.filter.values())}"
+    yield f"{'':12}{'before':>10}" + ("" if done.is_dry_run else f"{'after':>10}")
+    for state, number in done.before.items():
+        yield f"{'':2}{state:10}{number:>10,}" + ("" if done.is_dry_run else f"{done.after.get(state, 0):>10,}")
+    others = {name: number for name, number in done.counts.items() if name not in set(done.before)}
+    for name, number in others.items():
+        yield f"{'':2}{name:10}{number:>10,}"
+    if done.records is None:
+        yield "No record of a task is touched: results are kept elsewhere."
+    if done.is_dry_run:
+        yield "Nothing was changed.  Do it with --yes."
+    else:
+        yield f"Done by {done.operator}, audit record {done.id}."
+
+
+def audit_line(record: AuditRecord) -> str:
+    """What an operator did, in two lines."""
+    counts = ", ".join(f"{name} {number:,}" for name, number in sorted(record.counts.items()))
+    return (
+        f"{_time(record.at)}  {record.action} by {record.operator} ({record.login}): {counts}\n"
+        f"{'':22}{_filter_text(record.filter)}"
+    )
+
+
+def as_json(value: Any) -> str:
+    """A record, message or outcome for programs; times in ISO 8601."""
+    return json.dumps(_plain(value), ensure_ascii=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.isoformat() if isinstance(value, datetime.datetime) else value
+
+
+def _filter_text(values: Mapping[str, Any]) -> str:
+    words = {"organization_id": "organization", "user_id": "user", "task_name": "task", "task_id": "id"}
+    parts = []
+    for name, value in sorted(values.items()):
+        text = "+".join(value) if isinstance(value, list) else str(value)
+        parts.append(f"{words.get(name, name.replace('_', ' '))} {text or '(none)'}")
+    return ", ".join(parts) or "everything"
+
+
+def _age(age: datetime.timedelta) -> str:
+    """How long ago, in one unit."""
+    seconds = max(0, int(age.total_seconds()))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
 
 
 def _bar(bar: Any, record: TaskRecord) -> Any:

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from celery.app.task import Context
 from kombu.message import Message
@@ -28,6 +28,7 @@ from .errors import ConfigurationError, NotSupportedError
 from .headers import decode, find
 from .postgres.operations import (
     AuditRecord,
+    MessageCount,
     MessageFilter,
     MessageInfo,
     MessageState,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuditRecord",
+    "MessageCount",
     "MessageFilter",
     "MessageInfo",
     "MessageState",
@@ -62,6 +64,7 @@ __all__ = [
     "purge",
     "replay",
     "revoke",
+    "summary",
     "terminate",
 ]
 
@@ -122,6 +125,16 @@ def dead_letters(
 def count(app: Celery, which: MessageFilter | None = None) -> dict[MessageState, int]:
     """How many messages there are in each state.  Walks all of them, which takes a second for a million."""
     return _table(app).count(which or MessageFilter())
+
+
+def summary(
+    app: Celery,
+    which: MessageFilter | None = None,
+    *,
+    by: Literal["queue", "organization_id", "user_id", "task_name"] = "queue",
+) -> list[MessageCount]:
+    """How many there are of each queue, organization, user or task, and since when; the most first."""
+    return _table(app).summary(which or MessageFilter(), by)
 
 
 def find_records(app: Celery, task_id: str) -> list[TaskRecord]:

@@ -13,6 +13,7 @@ from ..errors import RhesisTasksError
 from .demo import demo
 from .schema import schema
 from .tasks import tasks
+from .tenants import tenants
 
 __all__ = ["main"]
 
@@ -23,7 +24,7 @@ def commands() -> None:
     """Celery tasks that know their tenant."""
 
 
-for command in (demo, schema, tasks):
+for command in (demo, schema, tasks, tenants):
     commands.add_command(command)
 
 

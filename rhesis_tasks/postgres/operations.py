@@ -26,6 +26,7 @@ from .records import RecordTable, is_lost
 __all__ = [
     "AuditRecord",
     "Held",
+    "MessageCount",
     "MessageFilter",
     "MessageInfo",
     "MessageState",
@@ -105,6 +106,16 @@ class MessageInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class MessageCount:
+    """How many messages of one queue, organization, user or task are in one state."""
+
+    name: str | None  #: the queue's, organization's, user's or task's
+    state: MessageState
+    number: int
+    oldest: datetime.datetime  #: when the oldest of them was published
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Removed:
     """A message that was deleted."""
 
@@ -178,6 +189,11 @@ class OperationTable(RecordTable):
         rows = self._call("operation_count", (_json(which),))
         found = {MessageState(row["state"]): int(row["number"]) for row in rows}
         return {state: found.get(state, 0) for state in MessageState if which.states is None or state in which.states}
+
+    def summary(self, which: MessageFilter, by: str) -> list[MessageCount]:
+        """The same for each value of a column."""
+        rows = self._call("operation_summary", (_json(which), by))
+        return [MessageCount(**{**row, "state": MessageState(row["state"])}) for row in rows]
 
     def records_of_id(self, task_id: str) -> list[dict[str, Any]]:
         """The records of one id, in whichever organizations."""

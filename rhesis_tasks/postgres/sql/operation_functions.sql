@@ -70,6 +70,16 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT m.state, count(*) FROM @schema@.operation_messages(which, -1, NULL) m GROUP BY m.state
 $$;
 
+-- The same for each queue, organization or task, the most first; and when the oldest one was published.
+CREATE OR REPLACE FUNCTION @schema@.operation_summary(which jsonb, by_what text)
+RETURNS TABLE (name text, state text, number bigint, oldest timestamptz)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+    SELECT CASE by_what WHEN 'queue' THEN m.queue WHEN 'organization_id' THEN m.organization_id
+                        WHEN 'user_id' THEN m.user_id WHEN 'task_name' THEN m.task_name END,
+           m.state, count(*), min(m.published_at)
+    FROM @schema@.operation_messages(which, -1, NULL) m GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2
+$$;
+
 -- Delete a batch of messages that wait or are delayed, and of dead letters; what is claimed stays, and what was claimed
 -- at this moment is returned as running.  Their tasks come to the end state that is given, by whom: those that have not
 -- begun (sources), and those that have begun in vain, and whose message nobody has claimed again.

@@ -1,0 +1,129 @@
+"""What the commands for operators share: filters, and doing nothing before ``--yes``."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..operations import MessageFilter, Operation
+
+__all__ = ["filters", "json_option", "message_filter", "operating", "say"]
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _age(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no age: a number of seconds, or one with s, m, h or d", param=parameter)
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def _moment(_: click.Context, parameter: click.Parameter, value: str | None) -> datetime.datetime | None:
+    if value is None:
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no time such as 2026-01-31T12:00:00+00:00", param=parameter) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+_FILTERS: Final = (
+    click.option("--organization", help="Only this tenant's; '' is work that belongs to none."),
+    click.option("--user", "user_id", help="Only what this user launched."),
+    click.option("--name", "task_name", help="Only those of this task."),
+    click.option("--queue", help="Only those in this queue."),
+    click.option(
+        "--older-than", metavar="AGE", callback=_age, help="Only what was published so long ago: 90, 15m, 2h, 3d."
+    ),
+    click.option(
+        "--published-before",
+        metavar="TIME",
+        callback=_moment,
+        help="Only what was published before: an ISO time, else UTC.",
+    ),
+)
+_OPERATING: Final = (
+    click.option("--yes", is_flag=True, help="Do it; without it, only print what would be done."),
+    click.option("--operator", help="Your name, for the audit record; the login's by default."),
+    json_option,
+)
+
+
+def filters(command: C) -> C:
+    """Options that say which messages are meant."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_FILTERS), command)
+
+
+def operating(command: C) -> C:
+    """Options of what changes something."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPERATING), command)
+
+
+def message_filter(
+    organization: str | None = None,
+    user_id: str | None = None,
+    task_name: str | None = None,
+    queue: str | None = None,
+    older_than: float | None = None,
+    published_before: datetime.datetime | None = None,
+    task_id: str | None = None,
+    states: tuple[str, ...] = (),
+) -> MessageFilter:
+    """The filter that the options say."""
+    from ..operations import MessageFilter, MessageState
+
+    return MessageFilter(
+        organization_id=organization,
+        user_id=user_id,
+        task_name=task_name,
+        queue=queue,
+        task_id=task_id,
+        states=[MessageState(state) for state in states] or None,
+        older_than=older_than,
+        published_before=published_before,
+    )
+
+
+def say(done: Operation, as_json: bool, nothing: str) -> None:
+    """Print what an operation came to; exit with 1 if there was nothing to do."""
+    from ..display import as_json as to_json
+    from ..display import operation_lines
+
+    if as_json:
+        click.echo(to_json({**_summary(done), "found": done.found}))
+    elif done.found:
+        for line in operation_lines(done):
+            click.echo(line)
+    if not done.found:
+        click.echo(f"Error: {nothing}", err=True)
+        sys.exit(1)
+
+
+def _summary(done: Operation) -> dict[str, Any]:
+    return {
+        "action": done.action,
+        "operator": done.operator,
+        "dry_run": done.is_dry_run,
+        "filter": done.filter.values(),
+        "before": done.before,
+        "after": done.after,
+        "counts": done.counts,
+        "records": done.records,
+        "audit": None if done.is_dry_run else str(done.id),
+    }

@@ -305,17 +305,11 @@ class RecordTable:
 
         If the block fails or the process ends in it, it was not.
         """
-        engine, values = self._engine(), (organization_id, group_id)
-        statement = self._statement("chord_complete", values, what="* FROM ")
-        with _explaining(engine), _connected(engine) as connection:
-            connection.exec_driver_sql("BEGIN")
-            try:
-                rows = connection.exec_driver_sql(statement, values)
-                yield [ChordPart(**row) for row in rows.mappings()]
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                connection.invalidate()  # which rolls back
-                raise
+        with self.transaction() as connection:
+            values = (organization_id, group_id)
+            statement = self._statement("chord_complete", values, what="* FROM ")
+            rows = connection.exec_driver_sql(statement, values)
+            yield [ChordPart(**row) for row in rows.mappings()]
 
     # --- how ---------------------------------------------------------------------------------------------------
 
@@ -351,6 +345,22 @@ class RecordTable:
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A connection in a transaction that is committed at the end of the block.
+
+        If the block fails or the process ends in it, it is rolled back.
+        """
+        engine = self._engine()
+        with _explaining(engine), _connected(engine) as connection:
+            connection.exec_driver_sql("BEGIN")
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                connection.invalidate()  # which rolls back
+                raise
 
     def _engine(self) -> Engine:
         engine = shared_engine(self.url)

@@ -19,8 +19,6 @@ LAYERS = [
     {"postgres"},
     {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}
     | {"injection", "logs", "threads", "loops", "otel", "reporting", "runs", "soft_limits"},
-    {"request", "guard", "task", "launch", "status", "app"},
-    | {"injection", "logs", "threads", "loops", "otel", "reporting", "soft_limits"},
     {"request", "guard", "task", "launch", "status", "operations", "app"},
     {"cli", "display", "fastapi", "streaming", "testing", "demo", "embedded", "processes", "migrations"},
 ]

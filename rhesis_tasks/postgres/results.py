@@ -175,6 +175,11 @@ class PostgresBackend(DatabaseBackend):
         options = conf.broker_transport_options or {}
         return _place_of(conf.broker_write_url, options.get("schema"), options.get("default_schema")) == self._place
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether the broker's messages are where the records are."""
+        return self._is_place_of(None)
+
     def discard_launch(self, task_id: str) -> None:
         """Take back the record of a launch that failed, unless a worker has the message all the same."""
         self.records.discard(_organization(current_tenant()), task_id)

@@ -30,7 +30,8 @@ __all__ = [
 
 VERSION: Final = 5
 """Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks,
-version 4 the reason of a failure, version 5 delayed delivery, dead letters and the operators' audit records."""
+version 4 the reason of a failure, version 5 delayed delivery, dead letters, the operators' audit records, and what
+schedules have launched for each tenant."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""
@@ -77,8 +78,9 @@ def schema_sql(
         _sql(part, name)
         for part in (
             "version",
-            *(("records", "tables") if tables else ()),
+            *(("records", "tables", "schedules") if tables else ()),
             "record_functions",
+            "schedule_functions",
             "functions",
             "operation_functions",
         )

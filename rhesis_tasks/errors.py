@@ -39,6 +39,7 @@ __all__ = [
     "TaskDefinitionError",
     "TenantConflictError",
     "TenantDatabaseError",
+    "TenantLaunchError",
     "TenantSessionError",
     "UnsafeConnectionError",
 ]
@@ -124,6 +125,14 @@ class TaskDefinitionError(RhesisTasksError, TypeError):
 
 class TaskArgumentsError(RhesisTasksError, TypeError):
     """The arguments do not fit the task's signature."""
+
+
+class TenantLaunchError(RhesisTasksError):
+    """A schedule's task could not be launched for some tenants."""
+
+    def __init__(self, message: str | None = None, *, failures: dict[str, str] | None = None) -> None:
+        self.failures = failures or {}  #: what has gone wrong, by tenant
+        super().__init__(message)
 
 
 class IllegalTransitionError(RhesisTasksError):

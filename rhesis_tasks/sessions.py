@@ -571,8 +571,13 @@ class TenantSessions:
                 yield session
                 await session.commit()
 
+    @property
+    def has_system(self) -> bool:
+        """Whether :meth:`system_session` has a login or role to use."""
+        return self._system_engine is not None or self._system_role is not None
+
     def _check_system(self, reason: str) -> None:
-        if self._system_engine is None and self._system_role is None:
+        if not self.has_system:
             raise NotConfiguredError(
                 "these sessions have no system login.  Make them with TenantSessions(..., system=URL), or with "
                 "system_role="

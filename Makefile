@@ -10,6 +10,7 @@ MINIMUM := .venv-minimum
 REDIS := $(wildcard /usr/bin/redis-server)
 POSTGRES := $(wildcard /usr/lib/postgresql/15/bin/initdb)
 PGBOUNCER := $(wildcard /usr/sbin/pgbouncer)
+SYSTEMD := $(wildcard /usr/bin/systemd-analyze)
 
 TESTED_WITH_MINIMUM := $(patsubst %,tests/integration/test_%.py,results sessions async_sessions session_options rls_models migrations workers outcomes others forgeries async_tasks chords chord_outages waiting status redis transport broker_urls broker_control broker_faults)
 
@@ -46,10 +47,10 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest tests/unit
 
-servers:  ## PostgreSQL 15, PgBouncer and Redis from Debian, if they are missing
-ifeq ($(and $(POSTGRES),$(PGBOUNCER),$(REDIS)),)
-	@echo "Installing postgresql-15, pgbouncer and redis-server (once) ..."
-	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql-15 pgbouncer redis-server >/dev/null
+servers:  ## PostgreSQL 15, PgBouncer and Redis from Debian, and what checks systemd's units, if they are missing
+ifeq ($(and $(POSTGRES),$(PGBOUNCER),$(REDIS),$(SYSTEMD)),)
+	@echo "Installing postgresql-15, pgbouncer, redis-server and systemd (once) ..."
+	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql-15 pgbouncer redis-server systemd >/dev/null
 endif
 
 integration: $(READY) servers  ## on real PostgreSQL, with real workers

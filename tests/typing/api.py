@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID
 
 from celery import Celery, chord, group
 from celery.result import AsyncResult
+from celery.schedules import crontab
 from contextvars_extras import ContextVarsRegistry  # pyright: ignore[reportMissingTypeStubs]
+from sqlalchemy import column, select
 from sqlalchemy.orm import Mapped, Session
 
 from rhesis_tasks import (
@@ -29,6 +32,7 @@ from rhesis_tasks import (
     tenant_scope,
     tenant_session,
 )
+from rhesis_tasks.beat import each_tenant
 from rhesis_tasks.ddl import DisableRLS, EnableRLS
 from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure, on_tenant_retry, on_tenant_success
 from rhesis_tasks.models import TenantMixin, tenant_column
@@ -195,6 +199,13 @@ def launching() -> None:
     launch_with_context(chord(group(work.s(1)), work.s()), options={"queue": "slow"})
     launch_with_context(work, 1, current_user="somebody")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     launch_with_context(work, 1, context=user)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def schedules() -> None:
+    each_tenant(app, "a", work, schedule=60, tenants="SELECT id FROM organizations", args=(1,))
+    each_tenant(app, "b", work.s(1), schedule=crontab(hour=2), tenants=lambda: [TenantContext("acme"), "globex"])
+    each_tenant(app, "c", "work", schedule=timedelta(hours=1), tenants=select(column("id")), spread=60.0)
+    each_tenant(app, "d", work, schedule="hourly", tenants=list)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 async def launching_async() -> None:

@@ -11,6 +11,7 @@ import click
 
 from ..errors import RhesisTasksError
 from .demo import demo
+from .flower import flower
 from .schema import schema
 from .tasks import tasks
 from .tenants import tenants
@@ -24,7 +25,7 @@ def commands() -> None:
     """Celery tasks that know their tenant."""
 
 
-for command in (demo, schema, tasks, tenants):
+for command in (demo, flower, schema, tasks, tenants):
     commands.add_command(command)
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}
     | {"injection", "logs", "threads", "loops", "otel", "reporting", "runs", "soft_limits"},
     {"request", "guard", "task", "launch", "status", "operations", "app", "beat"},
-    {"cli", "display", "fastapi", "streaming", "testing", "demo", "embedded", "processes", "migrations"},
+    {"cli", "display", "fastapi", "streaming", "testing", "demo", "embedded", "processes", "migrations", "flower"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

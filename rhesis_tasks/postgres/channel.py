@@ -6,6 +6,7 @@ Only adapts: :mod:`.queue` has the statements, :mod:`.consumer` the consuming.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -31,6 +32,11 @@ _log = get_logger(__name__)
 UNREADABLE: Final = "it could not be read"
 # Times far off are none that PostgreSQL could add to its own.
 _LONGEST_DELAY: Final = 1000 * 365.25 * 86_400.0
+
+UNHEARD_FOR: Final = 1.0
+"""Seconds for which an event that reached no queue speaks for all of its kind: they are not published."""
+
+_EVENT_HEADERS: Final = frozenset({"hostname"})  # what Celery's events have, and nothing else does that it publishes
 
 
 class Message(virtual.Message):
@@ -121,6 +127,10 @@ class Channel(virtual.Channel):
     from_transport_options = ()  # they are the transport's
 
     connection: Any  # the Transport, which imports this module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unheard: dict[tuple[str, str], float] = {}  # where nobody listens, and until when that is believed
 
     @property
     def _queue(self) -> MessageQueue:
@@ -260,6 +270,9 @@ class Channel(virtual.Channel):
         }
         for name, kind in ((exchange, "exchange"), (routing_key, "routing key")):
             _named(name or "", kind, "basic_publish")
+        is_event = not mandatory and headers.keys() == _EVENT_HEADERS
+        if is_event and self._unheard.get((exchange, routing_key), 0.0) > time.monotonic():
+            return
         expiration = properties.get("expiration")
         routed = self._queue.publish(
             exchange or "",
@@ -285,6 +298,8 @@ class Channel(virtual.Channel):
                 "Channel.basic_publish",
                 312,
             )
+        if is_event and not routed:
+            self._unheard[exchange, routing_key] = time.monotonic() + UNHEARD_FOR
 
     # --- consuming -------------------------------------------------------------------------------------------
 

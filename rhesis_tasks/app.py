@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from celery.app.defaults import SETTING_KEYS
 
 from . import hooks, logs, outcomes, propagation
+from .disclosure import use_disclosure
 from .errors import ConfigurationError
 from .failures import Redact, use_redaction
 from .guard import Guard
@@ -54,6 +55,7 @@ class _Configuration:
     event_loop: str
     launch_records: bool
     redact: Redact | None
+    show_arguments: bool
     sessions: TenantSessions | None
     signing_keys: str | None  # their fingerprint
     overrides: tuple[tuple[str, Any], ...]
@@ -77,6 +79,7 @@ def configure(
     event_loop: str = "asyncio",
     launch_records: bool = True,
     redact: Redact | None = None,
+    show_arguments: bool = False,
     **overrides: Any,
 ) -> None:
     """Make a Celery application tenant-aware.  Call it right after ``Celery(...)``.
@@ -99,6 +102,8 @@ def configure(
             until then it is unknown to its tenant and cannot be cancelled.
         redact: what the texts of a failure, its message and its traceback, become before they are stored (on
             PostgreSQL) or logged: a function of a str that returns one.  If it fails, nothing of the text is kept.
+        show_arguments: whether the arguments and results of tasks are shown in events, by ``celery inspect`` and so in
+            Flower, where all tenants' tasks are seen; without, only whose each task is.
         event_loop: what runs ``async def`` tasks: ``asyncio``, or ``uvloop`` (extra ``uvloop``).
         **overrides: any Celery setting by its lower-case name.
 
@@ -128,6 +133,7 @@ def configure(
         event_loop,
         launch_records,
         redact,
+        show_arguments,
         sessions,
         signer.fingerprint if signer else None,
         tuple(sorted(overrides.items())),
@@ -157,6 +163,7 @@ def configure(
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)
     use_redaction(app, redact)
+    use_disclosure(app, show_arguments=show_arguments)
     hooks.install()  # first, since hooks run before the context is gone
     propagation.install(app, signer, launch_records=launch_records)
     outcomes.install()
@@ -181,6 +188,7 @@ def unconfigure(app: Celery) -> None:
     app.backend_cls = None
     propagation.uninstall(app)
     use_redaction(app, None)
+    use_disclosure(app, show_arguments=False)
     app.steps["consumer"].discard(Guard)
     use_sessions(app, None)
     if not _configured:

@@ -23,6 +23,7 @@ from kombu.utils.uuid import uuid
 
 from .canvas import COMPOSITES, Carry, bound_options, parts
 from .context import TenantContext, agreed, current_tenant, exactly, same_tenant, tenant_in
+from .disclosure import SHOWN, shown_arguments
 from .errors import ContextError, HeaderError, NotConfiguredError, TenantConflictError
 from .headers import (
     HEADER,
@@ -129,6 +130,9 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
         if name == _UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
             args = (args[0], bound_options({"chord": args[1]}, carrier(envelope), app)["chord"], *args[2:])
         options["headers"] = with_context(headers, envelope)
+        for shown, text in zip(SHOWN, shown_arguments(app, envelope.tenant, args, kwargs), strict=True):
+            if options.get(shown) is None:
+                options[shown] = text
         # A retry has its record, and writes its own state.
         keeps_record = not (options.get("ignore_result") or options.get("retries")) and records_launches(app)
         send_task = own or functools.partial(type(app).send_task, app)

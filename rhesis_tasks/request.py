@@ -25,11 +25,13 @@ from celery.worker import request as worker_request
 from celery.worker import state
 from typing_extensions import override
 
+from .disclosure import shown_arguments, shown_fields, shows_arguments
+from .errors import ContextError
 from .failures import reason_of
 from .headers import HEADER, REFUSED, state_of
 from .hooks import publish_hooks
 from .outcomes import TaskOutcome, log_outcome, log_requeued, told_tenant
-from .propagation import records, restored, signer_of
+from .propagation import outgoing_tenant, records, restored, signer_of
 from .states import State
 
 if TYPE_CHECKING:
@@ -65,10 +67,32 @@ class ContextRequest(_Request):  # type: ignore[misc]
             super().__init__(message, *args, **options)
             if HEADER not in self._request_dict:  # with it, it is from a Celery of ours
                 _check_form(self._request_dict, self._payload)
+                self._hide_arguments(app)
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise InvalidTaskError(f"{type(error).__name__}: {error}") from error
         if (message.delivery_info or {}).get("is_due"):
             self._eta = None  # the broker has waited for it, by a clock that may not be ours
+
+    def _hide_arguments(self, app: Celery) -> None:
+        """Show as little of them as if it came from here."""
+        args, kwargs, _ = self._payload
+        try:
+            tenant = outgoing_tenant(self._request_dict, self.task, kwargs)
+        except ContextError:
+            tenant = None
+        positional, self._kwargsrepr = shown_arguments(app, tenant, args, kwargs)
+        if positional is not None:
+            self._argsrepr = positional
+
+    @override
+    def info(self, safe: bool = False) -> Any:
+        """What ``celery inspect`` is told of it: the arguments themselves only where they are shown."""
+        return super().info(safe or not shows_arguments(self._app))
+
+    @override
+    def send_event(self, type: str, **fields: Any) -> None:
+        """Send an event about it."""
+        super().send_event(type, **(shown_fields(self._app, fields) if fields else fields))
 
     @contextmanager
     def _as_launched(self) -> Iterator[None]:

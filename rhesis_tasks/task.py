@@ -26,6 +26,7 @@ from typing_extensions import override
 from . import hooks
 from .batch import BatchOutcome, Items, ItemT, ResultT, run_batch
 from .context import TenantContext, current_tenant, exactly, require_tenant
+from .disclosure import SHOWN
 from .errors import (
     MissingTenantError,
     NotConfiguredError,
@@ -33,7 +34,7 @@ from .errors import (
     SignatureError,
     TaskDefinitionError,
 )
-from .headers import Progress, RequestState, running, state_of
+from .headers import HEADER, Progress, RequestState, running, state_of
 from .logs import TaskLogger
 from .loops import LoopFactory, loop_factory, run_coroutine
 from .otel import mark_current_span
@@ -188,6 +189,11 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         request = self.request if request is None else request
         # Always, since request.headers lacks ours where another library's headers are nested in the message.
         options["headers"] = {**(options.get("headers") or request.headers or {}), **carried_header(request)}
+        shown = vars(request)
+        others = (*args[:2], options.get("args"), options.get("kwargs"))
+        if HEADER in shown and not any(each is not None for each in others):  # else they are of other arguments
+            for name in SHOWN:
+                options.setdefault(name, shown.get(name))
         return super().signature_from_request(request, *args, **options)
 
     @override

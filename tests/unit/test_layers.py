@@ -14,7 +14,7 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
-    {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing"},
+    {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing", "disclosure"},
     {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}

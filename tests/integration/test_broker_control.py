@@ -15,6 +15,7 @@ from celery import Celery, chord, group
 from celery.result import AsyncResult
 
 from rhesis_tasks import TenantContext, tenant_scope, unconfigure
+from rhesis_tasks.postgres.channel import UNHEARD_FOR
 from rhesis_tasks.processes import Child, child, python, wait_until
 from rhesis_tasks.testing import new_tenant_database, running_worker
 
@@ -243,6 +244,7 @@ def test_a_tasks_events_reach_who_listens(rig: Rig) -> None:
         thread.start()
         try:
             rig.until("heartbeats", lambda: {ONE, TWO} <= {each["hostname"] for each in seen})
+            time.sleep(UNHEARD_FOR)
             result: AsyncResult[Any] = rig.tasks.add.delay(1, 1)
             kinds = {"task-sent", "task-received", "task-started", "task-succeeded"}
             rig.until("the task's events", lambda: kinds <= {e["type"] for e in seen if e.get("uuid") == result.id})
@@ -255,6 +257,7 @@ def test_celery_events_prints_what_happens(rig: Rig) -> None:
     command = python("-m", "celery", "-A", "control_tasks", "events", "--dump")
     with child("celery events", command, cwd=HERE) as events:
         events.wait_for("heartbeat", TIMEOUT)
+        time.sleep(UNHEARD_FOR)
         result = rig.tasks.add.delay(2, 2)
         events.wait_for(result.id, TIMEOUT)
 

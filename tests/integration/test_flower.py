@@ -20,7 +20,7 @@ from celery import Celery, chain, chord, group
 
 from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
 from rhesis_tasks.flower import flower_command
-from rhesis_tasks.processes import Child, child, free_port, wait_until
+from rhesis_tasks.processes import Child, child, free_port, python, wait_until
 from rhesis_tasks.testing import new_tenant_database, running_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
@@ -48,6 +48,19 @@ class Rig:
         """Launch a task for a tenant; its id."""
         task = self.app.tasks[name]
         return str(launch_with_context(task, *args, context=tenant, options=options).id)
+
+    @contextmanager
+    def holding(self, number: int) -> Iterator[list[str]]:
+        """The ids of so many tasks that run until the end of the block, if nothing ends them."""
+        held = [self.launch("hold", SECRET) for _ in range(number)]
+        try:
+            for task_id in held:
+                self.wait_state(task_id, "STARTED")
+            yield held
+        finally:
+            self.app.control.revoke(held, terminate=True)
+            for task_id in held:
+                self.wait_state(task_id, "REVOKED")
 
     def json(self, path: str, **query: Any) -> Any:
         answer = self.http.get(path, params=query)
@@ -178,16 +191,14 @@ def test_a_worker_is_shown_as_alive(rig: Rig) -> None:
 
 
 def test_a_task_is_shown_while_it_runs_and_when_it_is_done(rig: Rig) -> None:
-    held, done = rig.launch("hold", SECRET), rig.launch("echo", SECRET)
-
-    running = rig.wait_state(held, "STARTED")
-    finished = rig.wait_state(done, "SUCCESS")
+    with rig.holding(1) as (held,):
+        running = rig.task(held)
+        finished = rig.wait_state(rig.launch("echo", SECRET), "SUCCESS")
 
     assert (running["name"], running["worker"]) == ("hold", WORKER)
     assert finished["runtime"] >= 0
-    assert finished["sent"] <= finished["received"] <= finished["started"] <= finished["succeeded"]
-    rig.post(f"/api/task/revoke/{held}", terminate=True)
-    rig.wait_state(held, "REVOKED")
+    assert finished["sent"] is not None
+    assert finished["received"] <= finished["started"] <= finished["succeeded"]
 
 
 def test_each_end_of_a_task_is_shown(rig: Rig) -> None:
@@ -206,17 +217,15 @@ def test_each_end_of_a_task_is_shown(rig: Rig) -> None:
 
 
 def test_flower_terminates_a_running_task_and_revokes_a_waiting_one(rig: Rig) -> None:
-    held = [rig.launch("hold", SECRET) for _ in range(2)]
-    for task_id in held:
-        rig.wait_state(task_id, "STARTED")
-    waiting = rig.launch("hold", SECRET)
-    rig.wait_state(waiting, "RECEIVED")
+    with rig.holding(2) as held:
+        waiting = rig.launch("hold", SECRET)
+        rig.wait_state(waiting, "RECEIVED")
 
-    for task_id in (waiting, *held):
-        assert "Revoked" in rig.post(f"/api/task/revoke/{task_id}", terminate=task_id != waiting)
+        for task_id in (waiting, *held):
+            assert "Revoked" in rig.post(f"/api/task/revoke/{task_id}", terminate=task_id != waiting)
 
-    for task_id in (waiting, *held):
-        rig.wait_state(task_id, "REVOKED")
+        for task_id in (waiting, *held):
+            rig.wait_state(task_id, "REVOKED")
     assert rig.task(waiting)["started"] is None
     assert [rig.app.AsyncResult(task_id).state for task_id in _as(ACME, waiting, *held)] == ["REVOKED"] * 3
 
@@ -229,10 +238,9 @@ def _as(tenant: TenantContext, *ids: str) -> Iterator[str]:
 
 
 def test_flower_shows_what_the_worker_is_asked(rig: Rig) -> None:
-    held = [rig.launch("hold", SECRET) for _ in range(2)]
-    waiting = rig.launch("hold", SECRET)
-    rig.wait_state(waiting, "RECEIVED")
-    try:
+    with rig.holding(2) as held:
+        waiting = rig.launch("echo", SECRET)
+        rig.wait_state(waiting, "RECEIVED")
         registered = rig.inspected("registered", lambda names: "echo" in names)
         active = rig.inspected("active", lambda tasks: {task["id"] for task in tasks} == set(held))
         reserved = rig.inspected("reserved", lambda tasks: waiting in {task["id"] for task in tasks})
@@ -240,9 +248,6 @@ def test_flower_shows_what_the_worker_is_asked(rig: Rig) -> None:
         conf = rig.inspected("conf", lambda found: "worker_send_task_events" in found)
         queues = rig.inspected("active_queues", lambda found: len(found) == 1)
         page = rig.http.get(f"/worker/{WORKER}").text
-    finally:
-        for task_id in (waiting, *held):
-            rig.post(f"/api/task/revoke/{task_id}", terminate=True)
 
     assert {"echo", "hold", "plain"} <= set(registered)
     assert stats["pool"]["max-concurrency"] == 2
@@ -251,8 +256,6 @@ def test_flower_shows_what_the_worker_is_asked(rig: Rig) -> None:
     assert "echo" in page
     assert {task["args"] for task in (*active, *reserved)} == {"[hidden]"}
     assert {task["kwargs"] for task in (*active, *reserved)} == {"{'organization_id': 'acme', 'user_id': 'ann'}"}
-    for task_id in (waiting, *held):
-        rig.wait_state(task_id, "REVOKED")
 
 
 def test_flower_sets_a_rate_limit_and_time_limits(rig: Rig) -> None:
@@ -364,7 +367,7 @@ def test_flower_neither_reads_a_tenants_result_nor_launches_its_tasks(rig: Rig) 
 
     assert SECRET not in result.text
     assert not launched.is_success
-    assert "needs a tenant" in rig.flower.output
+    rig.flower.wait_for("needs a tenant", TIMEOUT)
 
 
 def test_no_secret_is_shown_or_on_a_command_line(signed_rig: Rig) -> None:
@@ -436,6 +439,18 @@ def test_flower_answers_under_its_url_prefix(rig: Rig, monkeypatch: pytest.Monke
     monkeypatch.setenv("FLOWER_URL_PREFIX", "inside")
     with running_flower(rig.url, {}) as (_, port):
         assert httpx.get(f"http://127.0.0.1:{port}/inside/workers").status_code == 200
+
+
+def test_the_command_runs_flower_until_it_is_asked_to_stop(rig: Rig) -> None:
+    port = free_port()
+    command = python("-c", "from rhesis_tasks.cli import main; main()", "flower", "-A", "flower_tasks")
+    environ = {"DATABASE_URL": rig.url, flower_tasks.SETTINGS: "{}", "FLOWER_PORT": str(port)}
+    with child("rhesis-tasks flower", command, env=environ, cwd=HERE) as flower:
+        wait_until("Flower to answer", lambda: answers(port), TIMEOUT)
+
+        flower.process.send_signal(signal.SIGTERM)
+
+        assert flower.process.wait(TIMEOUT) == 0
 
 
 BESIDE = """

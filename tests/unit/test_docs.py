@@ -57,7 +57,8 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "printed"), [("context", "organization acme (user ann)\n"), ("hooks", ""), ("retries", "")]
+    ("page", "printed"),
+    [("context", "organization acme (user ann)\n"), ("hooks", ""), ("monitoring", ""), ("retries", "")],
 )
 def test_the_code_of_a_page_runs(page: str, printed: str, tmp_path: Path) -> None:
     """That of others needs a database or a worker, and is run where there is one."""

@@ -5,6 +5,8 @@ Started as root, the servers run as the user ``nobody``.  No service of the syst
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import secrets
@@ -29,13 +31,17 @@ NAMES: Final = {
     "pgmq-notify": "kombu pgmq, notify",
     "redis": "Redis",
     "rabbitmq": "RabbitMQ",
+    "procrastinate": "outside Celery: procrastinate",
+    "pgqueuer": "outside Celery: pgqueuer",
+    "bare": "psycopg alone, our statements",
 }
-"""The brokers, in the order of the table."""
+"""The contenders, in the order of the table.  The last three are no brokers of Celery's: they tell what there is."""
 
 _POSTGRES: Final = Path("/usr/lib/postgresql/15/bin")
 _RABBITMQ: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one in /usr/sbin insists on a user of its own
-_ON_POSTGRES: Final = frozenset({"ours", "sqla", "pgmq", "pgmq-notify"})
-_MODULES: Final = {"pgmq": "pgmq", "pgmq-notify": "pgmq", "redis": "redis"}
+_OUTSIDE: Final = frozenset({"procrastinate", "pgqueuer"})
+_ON_POSTGRES: Final = frozenset({"ours", "sqla", "pgmq", "pgmq-notify", "bare"}) | _OUTSIDE
+_MODULES: Final = {"pgmq": "pgmq", "pgmq-notify": "pgmq", "redis": "redis", **{name: name for name in _OUTSIDE}}
 
 
 class MissingError(Exception):
@@ -50,6 +56,16 @@ class Broker:
     url: str
     version: str  #: the server's
     options: Mapping[str, Any] = field(default_factory=dict)  #: of the transport
+    workload: str = "workload"  #: the module that has the tasks
+
+    @property
+    def is_celerys(self) -> bool:
+        return self.workload == "workload"
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether it runs tasks, rather than reading messages."""
+        return self.name != "bare"
 
 
 # --- what is installed -----------------------------------------------------------------------------------------
@@ -79,11 +95,27 @@ def install(names: Sequence[str]) -> None:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(["apt-get", "update", "--quiet"], check=True, stdout=sys.stderr)
         command = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", *packages]
-        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+        with _without_services():
+            subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     if any(map(_lacks_module, names)):
         file = Path(__file__).with_name("requirements.txt")
         subprocess.run(python("-m", "pip", "install", "--quiet", "-r", str(file)), check=True, stdout=sys.stderr)
         importlib.invalidate_caches()
+
+
+@contextmanager
+def _without_services() -> Iterator[None]:
+    """Let Debian's packages start no service, as their policy has it; what runs already goes on."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    if policy.exists():  # somebody has decided that
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    try:
+        policy.chmod(0o755)
+        yield
+    finally:
+        policy.unlink()
 
 
 def _require(name: str) -> None:
@@ -161,8 +193,12 @@ class _Postgres:
             connection.execute(f"CREATE DATABASE {database}".encode())
         if name == "sqla":
             return Broker(name, f"sqla+{self._url(database, 'postgresql+psycopg')}", self.version)
+        if name in _OUTSIDE:
+            return self._outside(name, self._url(database))
         if name in _MODULES:
             return self._with_pgmq(name, database)
+        if name == "bare":
+            return Broker(name, self._url(database), self.version, workload="workload_bare")
         return Broker(name, self._url(database), self.version)
 
     def _with_pgmq(self, name: str, database: str) -> Broker:
@@ -176,6 +212,12 @@ class _Postgres:
             options |= {"use_notify": True, "wait_time_seconds": 0, "notify_throttle_interval_ms": 0}
         version = f"{self.version}, pgmq {get_embedded_sql_version()}"
         return Broker(name, self._url(database, "pgmq"), version, options)
+
+    def _outside(self, name: str, url: str) -> Broker:
+        """A task queue of its own kind, with its tables."""
+        workload = f"workload_{name}"
+        importlib.import_module(workload).install(url)
+        return Broker(name, url, f"{self.version}, {name} {importlib.metadata.version(name)}", workload=workload)
 
     def _url(self, database: str, scheme: str = "postgresql") -> str:
         return f"{scheme}://bench:{self.password}@127.0.0.1:{self.port}/{database}"

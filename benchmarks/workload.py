@@ -1,50 +1,33 @@
-"""The Celery application that is measured, the same for every broker.
+"""The Celery application that is measured, the same for every broker; :mod:`notes` says where its settings are.
 
-The environment variable BENCHMARK holds JSON: the broker's ``url`` and transport ``options``, the ``queue``, the
-``folder`` where a worker writes ``run.json`` and ``latency.json``, and for how many ``messages`` and ``samples`` it
-waits until it does.  Until then tasks note times in memory, so that nothing but a list is touched while it counts.
+Settings of its own: ``gates`` (a worker that has imported everything waits for the file ``start``, and before its
+first message for the file ``go``; it says so with files named after its process), ``late`` (acknowledge when a task is
+done), ``hold`` (tasks that are held never end in this worker).
+
+Whoever publishes needs :func:`publish_noop`, :func:`publish_stamp` and :func:`publish_held` alone, which the modules
+``workload_*`` have as well.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from celery.signals import worker_init, worker_ready
+from notes import Notes, settings, wait_for_gate, write
 
-__all__ = ["app", "noop", "stamp", "write"]
+__all__ = ["app", "publish_held", "publish_noop", "publish_stamp"]
 
-
-def write(path: Path, value: Any) -> None:
-    """Write JSON to a file that is whole as soon as it is there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.rename(path)
-
-
-class _Notes:
-    """Numbers that tasks note, written to a file when all are there."""
-
-    def __init__(self, path: Path, expected: int) -> None:
-        self._path = path
-        self._expected = expected
-        self._values: list[float] = []
-        self._count = itertools.count(1)
-
-    def note(self, value: float) -> None:
-        self._values.append(value)
-        if next(self._count) == self._expected:
-            write(self._path, self._values)
-
-
-_settings = json.loads(os.environ["BENCHMARK"])
+_settings = settings()
 _folder = Path(_settings["folder"])
-_starts = _Notes(_folder / "run.json", _settings["messages"])
-_latencies = _Notes(_folder / "latency.json", _settings["samples"])
+_starts = Notes(_folder / "starts")
+_latencies = Notes(_folder / "latencies")
+_held = Notes(_folder / "held")
+_done = Notes(_folder / "done")
 
 if _settings["url"].startswith("postgresql://"):
     import rhesis_tasks  # noqa: F401  # teaches kombu the scheme; nothing else of it is used
@@ -55,7 +38,8 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     task_default_queue=_settings["queue"],
     task_ignore_result=True,
-    worker_prefetch_multiplier=8,
+    task_acks_late=_settings.get("late", False),
+    worker_prefetch_multiplier=_settings.get("prefetch", 8),
 )
 
 
@@ -71,3 +55,37 @@ def stamp(sent: float, counts: bool) -> None:
     latency = time.time() - sent
     if counts:
         _latencies.note(latency)
+
+
+@app.task(name="held")
+def held(number: int) -> None:
+    """Never end in a worker that holds; in others note when it is done."""
+    if _settings.get("hold"):
+        _held.note(time.time(), number)
+        threading.Event().wait()
+    _done.note(time.time(), number)
+
+
+def publish_noop() -> None:
+    noop.delay()
+
+
+def publish_stamp(sent: float, counts: bool) -> None:
+    stamp.delay(sent, counts)
+
+
+def publish_held(number: int) -> None:
+    held.delay(number)
+
+
+if _settings.get("gates"):
+
+    @worker_init.connect(weak=False)
+    def _wait_to_start(**_: Any) -> None:
+        write(_folder / f"imported-{os.getpid()}", None)
+        wait_for_gate(_folder / "start")
+
+    @worker_ready.connect(weak=False)
+    def _wait_to_go(**_: Any) -> None:
+        write(_folder / f"ready-{os.getpid()}", None)
+        wait_for_gate(_folder / "go")

@@ -154,7 +154,7 @@ def plot(results: Results, settings: Settings, file: Path) -> None:
     axes[0, 2].set_xscale("log")
     axes[0, 2].xaxis.set_major_formatter("{x:g}")
     _lines(axes[1, 1], results, settings)
-    _bars(axes[1, 2], results, "kill-last", "seconds from kill -9 until its tasks were done elsewhere")
+    _bars(axes[1, 2], results, "kill-last", "seconds from kill -9 until all was done")
     for axis in axes.flat:
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -165,7 +165,7 @@ def plot(results: Results, settings: Settings, file: Path) -> None:
 _BARS: Final = {
     "publish": "published per second, one process",
     "run": "run per second, one worker",
-    "idle": "idle latency in ms: median, line to p99",
+    "idle": "idle ms: median, line to p99",
     "many": "published per second, 16 processes",
 }
 
@@ -201,7 +201,11 @@ def _lines(axis: Any, results: Results, settings: Settings) -> None:
         ]
         there = [(count, median(ratios)) for count, ratios in points if ratios]
         if there:
-            style = {"linewidth": 3, "color": "tab:blue"} if broker == "ours" else {"linewidth": 1}
+            style = (
+                {"linewidth": 3, "color": "tab:blue"}
+                if broker == "ours"
+                else {"linewidth": 1, "color": f"C{list(NAMES).index(broker)}"}
+            )
             axis.plot(*zip(*there, strict=True), marker="o", label=NAMES[broker], **style)
     axis.set_title("run per second, as a multiple of one worker's")
     axis.set_xticks(settings.workers)

@@ -283,7 +283,8 @@ class Channel(virtual.Channel):
             tenant=_organization(headers),
             task_id=_text(headers.get("id")),
             task_name=_text(headers.get("task")),
-            ttl=int(expiration) / 1000 if expiration else None,
+            # A task that has expired is for a worker to say so: nobody would hear of it if the message just went.
+            ttl=int(expiration) / 1000 if expiration and "task" not in headers else None,
             delay=_seconds_until(headers.get("eta")),
             lapse=_seconds_until(headers.get("expires")),
             launch=launch_of(headers.get("id"), self.connection.place),

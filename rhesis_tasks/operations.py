@@ -23,9 +23,9 @@ from celery.app.task import Context
 from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 
-from .context import exactly
+from .context import TenantContext, exactly
 from .errors import ConfigurationError, NotSupportedError
-from .headers import decode, find
+from .headers import carried_by, decode
 from .postgres.operations import (
     AuditRecord,
     MessageCount,
@@ -305,21 +305,27 @@ class _Run:
             self._in_batches(lambda transaction, after: self._remove(transaction, which, after, text))
 
     def _remove(self, transaction: Connection, which: MessageFilter, after: int, text: str) -> tuple[int | None, Any]:
-        removed = self.table.remove(transaction, which, after, BATCH, operator=self.operator, text=text)
-        done = Counter(each.state.value for each in removed if each.state is not MessageState.RUNNING)
-        done["records"] = sum(each.is_ended for each in removed)
-        done["records"] += sum(self._tell_canvas(each, text) for each in removed if each.envelope is not None)
-        return max((each.id for each in removed), default=None), done
+        chosen = self.table.remove(transaction, which, after, BATCH)
+        removed = [each for each in chosen if each.state is not MessageState.RUNNING]
+        done = Counter(each.state.value for each in removed)
+        # Canvases are told by connections of the backend's own: before, so that they wait for no record of ours.
+        for each in removed:
+            if each.envelope is not None:
+                self.table.go_on(transaction)
+                done["records"] += self._tell_canvas(each, text)
+        done["records"] += self.table.end(transaction, removed, operator=self.operator, text=text)
+        return max((each.id for each in chosen), default=None), done
 
     def _tell_canvas(self, removed: Removed, text: str) -> bool:
         """Revoke a part of a canvas as a worker does: the rest of its chain with it, and its chord hears of it.
 
-        By connections of the backend's own, before the message is gone: if this process ends in between, the message is
-        there, and a worker drops it.
+        Returns:
+            Whether its record has ended by this.  If this process ends before the transaction does, the message is
+            there, and a worker drops it.
         """
         backend: Any = self.app.backend
-        request = _request(self.app, removed)
-        if request is None or removed.task_id is None:
+        read = _request(self.app, removed)
+        if read is None or removed.task_id is None:
             return False
         organization_id = removed.organization_id or ""
         record = backend.records.get(organization_id, removed.task_id)
@@ -329,8 +335,13 @@ class _Run:
         if state is State.STARTED and self.table.messages(_running(removed), 1):
             return False  # another message of the same task
         backend.records.abort(organization_id, removed.task_id, actor(self.operator))
-        with exactly(decode(found).tenant if (found := find(vars(request))) is not None else None):
-            backend.mark_as_revoked(removed.task_id, text, request)
+        request, tenant = read
+        try:
+            with exactly(tenant):
+                backend.mark_as_revoked(removed.task_id, text, request)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # whatever somebody has put there
+            _log.warning("nobody who waits for task %s is told of its end: %r", removed.task_id, error)
+            return False
         return record is not None and state is not State.REVOKED
 
     def replay(self, which: MessageFilter) -> None:
@@ -427,7 +438,7 @@ def _running(removed: Removed) -> MessageFilter:
     )
 
 
-def _request(app: Celery, removed: Removed) -> Context | None:
+def _request(app: Celery, removed: Removed) -> tuple[Context, TenantContext | None] | None:
     """A removed message as its task's request; None if nobody can read it, or nobody with a key has published it."""
     try:
         envelope = json.loads(removed.envelope or "")
@@ -444,7 +455,9 @@ def _request(app: Celery, removed: Removed) -> Context | None:
         if headers is None:
             return None
         args, kwargs, embedded = message.decode()
-        return Context({**headers, "args": args, "kwargs": kwargs, **(embedded or {})})
+        request = Context({**headers, "args": args, "kwargs": kwargs, **(embedded or {})})
+        carried = carried_by(request)
+        return request, None if carried is None else decode(carried).tenant
     except Exception as error:  # whatever somebody has put there
         _log.warning("message %d cannot be read, so that nobody who waits for it is told: %r", removed.id, error)
         return None

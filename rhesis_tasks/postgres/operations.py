@@ -39,6 +39,9 @@ __all__ = [
 ATTEMPTS: Final = 4
 """How often a batch is tried that met somebody else halfway (a deadlock), or whose connection was lost."""
 
+PATIENCE: Final = 20
+"""Seconds for which a transaction may wait for something else; then it is rolled back, and tried again."""
+
 
 class MessageState(StrEnum):
     """Where a message is."""
@@ -123,7 +126,6 @@ class Removed:
     state: MessageState  #: what it was in; RUNNING was claimed at this moment, and is there
     organization_id: str | None
     task_id: str | None
-    is_ended: bool  #: whether its task's record has ended by this
     envelope: str | None  #: JSON, of a part of a canvas that is to be told
     body: bytes | None
 
@@ -211,18 +213,23 @@ class OperationTable(RecordTable):
 
     # --- changing ----------------------------------------------------------------------------------------------
 
-    def remove(
-        self, transaction: Connection, which: MessageFilter, after: int, limit: int, *, operator: str, text: str,
-    ) -> list[Removed]:  # fmt: skip
-        """Delete a batch of what is not claimed; their tasks are revoked, with this text.
-
-        Of those that are parts of a canvas the messages are returned, and the records left alone.
-        """
-        ended = (revoke.target.value, *error_of(text), self._states(WAITING), self._states(UNFINISHED))
-        rows = self._within(
-            transaction, "operation_remove", (_json(which), after, limit, actor(operator), *ended, self.has_records)
-        )
+    def remove(self, transaction: Connection, which: MessageFilter, after: int, limit: int) -> list[Removed]:
+        """Delete a batch of what is not claimed; of parts of a canvas the messages are returned."""
+        rows = self._within(transaction, "operation_remove", (_json(which), after, limit, self.has_records))
         return [Removed(**{**row, "state": MessageState(row["state"])}) for row in rows]
+
+    def end(self, transaction: Connection, removed: Sequence[Removed], *, operator: str, text: str) -> int:
+        """Revoke the tasks of messages that were removed, with this text; how many."""
+        if not self.has_records:
+            return 0
+        values = ([each.organization_id for each in removed], [each.task_id for each in removed])
+        ended = (revoke.target.value, *error_of(text), self._states(WAITING), self._states(UNFINISHED))
+        [row] = self._within(transaction, "operation_end", (*values, actor(operator), *ended))
+        return int(next(iter(row.values())))
+
+    def go_on(self, transaction: Connection) -> None:
+        """Say that a transaction is still wanted, which otherwise ends after a while."""
+        transaction.exec_driver_sql("SELECT")
 
     def replay(self, transaction: Connection, which: MessageFilter, after: int, limit: int) -> list[Replayed]:
         """Put a batch of dead letters back into their queues."""
@@ -276,6 +283,8 @@ class OperationTable(RecordTable):
     def _transaction(self) -> Iterator[Connection]:
         with self._connection() as connection:
             connection.exec_driver_sql("BEGIN")
+            # What is asked by another connection meanwhile may wait for somebody who waits for this transaction.
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{PATIENCE}s'")
             try:
                 yield connection
                 connection.exec_driver_sql("COMMIT")

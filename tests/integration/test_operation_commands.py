@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from commands import Ran, ran
 from sqlalchemy import text
 
 from rhesis_tasks import TenantContext, launch_with_context, operations, tenant_scope
+from rhesis_tasks.cli.tasks import tasks as tasks_group
+from rhesis_tasks.cli.tenants import tenants as tenants_group
 from rhesis_tasks.errors import DeadLetterError
 from rhesis_tasks.operations import MessageFilter, MessageState
 from rhesis_tasks.processes import python, wait_until
@@ -374,3 +377,16 @@ def test_a_database_that_is_not_there_is_named_in_a_line(arguments: tuple[str, .
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot connect to postgresql" in done.stderr
     assert "Traceback" not in done.stderr and "secret" not in done.stderr
+
+
+def test_the_page_names_each_command() -> None:
+    page = (HERE.parents[1] / "docs" / "operations.md").read_text()
+    named = {
+        (group, name)
+        for group, names in re.findall(r"^\| `rhesis-tasks (tasks|tenants) ([a-z\\|]+)", page, re.MULTILINE)
+        for name in names.split("\\|")
+    }
+
+    assert named == {("tasks", name) for name in tasks_group.commands} | {
+        ("tenants", name) for name in tenants_group.commands
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import re
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -327,6 +329,47 @@ def test_the_rest_of_a_purged_chain_is_revoked_and_a_chord_hears_of_its_part(
         body.get(timeout=TIMEOUT)
 
 
+def test_a_chain_that_was_delivered_in_vain_is_revoked_with_what_it_has_launched(
+    tasks: Any, app: Celery, acme: TenantContext, queue: str
+) -> None:
+    """Its worker was lost after it had launched the next one, and before that was written down."""
+    options = {"queue": queue}
+    last = launch_with_context(chain(tasks.add.s(1, 2).set(**options), tasks.add.s(3).set(**options)), context=acme)
+    with tenant_scope(acme):
+        app.backend.store_result(last.parent.id, None, "STARTED")
+    launch_with_context(tasks.add.s(3, 3), context=acme, options={"queue": queue, "task_id": last.id})
+
+    done = operations.purge(app, of(acme), operator="olga", dry_run=False)
+
+    assert done.counts["waiting"] == 2
+    assert [state(app, acme, each) for each in (last.parent.id, last.id)] == [State.REVOKED, State.REVOKED]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b'{"chain": [', {}),
+        (b'[[], {}, {"chain": [1, 2]}]', {}),
+        (b'[[], {}, {"chord": 7}]', {"group": "g"}),
+        (b'[[], {}, {"chain": [{}]}]', {"rhesis_tasks": 7}),
+        (b"\xff", {"group": "g"}),
+    ],
+)
+def test_what_nobody_can_read_is_purged_all_the_same(
+    app: Celery, queue: str, body: bytes, headers: dict[str, Any]
+) -> None:
+    with app.connection_for_write() as connection, connection.Producer() as producer:
+        message = {"task": "shop.add", "id": f"broken-{queue}", **headers}
+        producer.publish(
+            body, routing_key=queue, headers=message, content_type="application/json", content_encoding="utf-8"
+        )
+
+    done = operations.purge(app, MessageFilter(queue=queue), operator="olga", dry_run=False)
+
+    assert dict(done.counts) == {"waiting": 1}
+    assert not operations.messages(app, MessageFilter(queue=queue))
+
+
 def test_many_messages_go_in_batches_that_are_one_operation(
     tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,3 +675,24 @@ def test_where_results_are_elsewhere_no_record_is_touched(
 def test_another_broker_has_its_own_tools(make_app: MakeApp) -> None:
     with pytest.raises(NotSupportedError, match="broker is not PostgreSQL"):
         operations.messages(make_app())
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs(database: TenantDatabase, tmp_path: Path) -> None:
+    page = (HERE.parents[1] / "docs" / "operations.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    (tmp_path / "page.py").write_text(code)
+    (tmp_path / "shop.py").write_text(
+        "from celery import Celery\nfrom rhesis_tasks import configure\napp = Celery('shop')\nconfigure(app)\n"
+    )
+
+    done = subprocess.run(
+        python("page.py"), cwd=tmp_path, env={**os.environ, "DATABASE_URL": database.url}, capture_output=True,
+        text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+
+    assert code
+    assert done.returncode == 0, done.stderr
+    assert "{} 0" in done.stdout.splitlines()

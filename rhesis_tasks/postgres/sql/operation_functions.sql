@@ -81,18 +81,11 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
 $$;
 
 -- Delete a batch of messages that wait or are delayed, and of dead letters; what is claimed stays, and what was claimed
--- at this moment is returned as running.  Their tasks come to the end state that is given, by whom: those that have not
--- begun (sources), and those that have begun in vain, and whose message nobody has claimed again.
---
--- A task that is a part of a group, or has a rest of a chain (as JSON), is returned with its message and its record is
--- left alone, if its canvas is to be told by the caller: in this transaction, so that the message is there again if it
--- is not.  Index: the primary keys.
+-- at this moment is returned as running.  Those of tasks that are parts of a group, or have a rest of a chain (as JSON),
+-- are returned with their envelopes and bodies, if their canvases are to be told.  Index: the primary keys.
 CREATE OR REPLACE FUNCTION @schema@.operation_remove(
-    which jsonb, after_id bigint, up_to integer, by_whom text, end_state text, error_type_ text, error_message_ text,
-    sources text[], unfinished text[], tells_canvas boolean
-) RETURNS TABLE (
-    id bigint, state text, organization_id text, task_id text, is_ended boolean, envelope text, body bytea
-)
+    which jsonb, after_id bigint, up_to integer, tells_canvas boolean
+) RETURNS TABLE (id bigint, state text, organization_id text, task_id text, envelope text, body bytea)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     RETURN QUERY
@@ -110,9 +103,26 @@ BEGIN
         RETURNING d.id, d.tenant, d.task_id),
     removed AS (
         SELECT g.id, g.tenant, g.task_id, g.envelope, CASE WHEN g.envelope IS NOT NULL THEN g.body END AS body FROM gone g
-        UNION ALL SELECT b.id, b.tenant, b.task_id, NULL, NULL FROM buried b),
+        UNION ALL SELECT b.id, b.tenant, b.task_id, NULL, NULL FROM buried b)
+    SELECT c.id, CASE WHEN r.id IS NULL THEN 'running' ELSE c.state END, r.tenant, r.task_id, r.envelope, r.body
+    FROM chosen c LEFT JOIN removed r ON r.id = c.id;
+END
+$$;
+
+-- Tasks whose messages were removed come to the end state that is given, by whom: those that have not begun (sources),
+-- and those that have begun in vain, and whose message nobody has claimed again.  Returns how many.  Index: the primary
+-- key of the records, message_held.
+CREATE OR REPLACE FUNCTION @schema@.operation_end(
+    of_organizations text[], of_tasks text[], by_whom text, end_state text, error_type_ text, error_message_ text,
+    sources text[], unfinished text[]
+) RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+    WITH removed AS (
+        SELECT DISTINCT coalesce(u.organization_id, '') AS organization_id, u.task_id
+        FROM unnest(of_organizations, of_tasks) u (organization_id, task_id) WHERE u.task_id IS NOT NULL),
     claimed AS (
-        SELECT coalesce(m.tenant, '') AS tenant, m.task_id FROM @schema@.message m WHERE m.holder IS NOT NULL),
+        SELECT coalesce(m.tenant, '') AS organization_id, m.task_id FROM @schema@.message m
+        WHERE m.holder IS NOT NULL AND m.task_id IS NOT NULL),
     ended AS (
         UPDATE @schema@.task_record r SET
             state = end_state, result = NULL, custom_state = NULL, traceback = NULL,
@@ -120,18 +130,13 @@ BEGIN
             abort_requested_at = coalesce(r.abort_requested_at, clock_timestamp()),
             abort_requested_by = CASE WHEN r.abort_requested_at IS NULL THEN by_whom ELSE r.abort_requested_by END
         FROM removed g
-        WHERE r.organization_id = coalesce(g.tenant, '') AND r.task_id = g.task_id AND g.envelope IS NULL
+        WHERE r.organization_id = g.organization_id AND r.task_id = g.task_id
           AND (r.state = ANY (sources)
                OR r.state = ANY (unfinished)
-                  AND (r.organization_id, r.task_id) NOT IN (SELECT c.tenant, c.task_id FROM claimed c
-                                                             WHERE c.task_id IS NOT NULL))
-        RETURNING g.id,
-            CASE WHEN r.wanted_until > clock_timestamp()
-                 THEN pg_notify(@schema@.result_channel(), @schema@.result_key(r.organization_id, r.task_id)) END)
-    SELECT c.id, CASE WHEN g.id IS NULL THEN 'running' ELSE c.state END, g.tenant, g.task_id, e.id IS NOT NULL,
-           g.envelope, g.body
-    FROM chosen c LEFT JOIN removed g ON g.id = c.id LEFT JOIN ended e ON e.id = c.id;
-END
+                  AND (r.organization_id, r.task_id) NOT IN (SELECT c.organization_id, c.task_id FROM claimed c))
+        RETURNING CASE WHEN r.wanted_until > clock_timestamp()
+            THEN pg_notify(@schema@.result_channel(), @schema@.result_key(r.organization_id, r.task_id)) END)
+    SELECT count(*) FROM ended
 $$;
 
 -- Write down what an operator did, and what it came to.  An operation in several batches has a row for each.
@@ -169,18 +174,19 @@ CREATE OR REPLACE FUNCTION @schema@.operation_purge(
 ) RETURNS TABLE (number bigint, last_id bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
-    which   jsonb := jsonb_build_object('queue', of_queue, 'states', jsonb_build_array('waiting', 'delayed'));
-    waiting bigint;
-    ended   bigint;
+    which         jsonb := jsonb_build_object('queue', of_queue, 'states', jsonb_build_array('waiting', 'delayed'));
+    waiting       bigint;
+    organizations text[];
+    tasks         text[];
 BEGIN
     SELECT count(*) FILTER (WHERE r.state <> 'running'), max(r.id), count(*) FILTER (WHERE r.state = 'waiting'),
-           count(*) FILTER (WHERE r.is_ended)
-    INTO number, last_id, waiting, ended
-    FROM @schema@.operation_remove(which, after_id, up_to, by_whom, end_state, error_type, error_message, sources,
-                                   unfinished, false) r;
+           array_agg(r.organization_id), array_agg(r.task_id)
+    INTO number, last_id, waiting, organizations, tasks
+    FROM @schema@.operation_remove(which, after_id, up_to, false) r;
     IF number > 0 THEN
         PERFORM @schema@.operation_note(its_operation, 'purge', its_operator, which, jsonb_build_object(
-            'waiting', waiting, 'delayed', number - waiting, 'records', ended));
+            'waiting', waiting, 'delayed', number - waiting, 'records', @schema@.operation_end(
+                organizations, tasks, by_whom, end_state, error_type, error_message, sources, unfinished)));
     END IF;
     RETURN NEXT;
 END

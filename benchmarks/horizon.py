@@ -70,9 +70,7 @@ class Load:
             delay = 0.05 if number % 8 == 0 else None
             self._timed("publish", lambda delay=delay: queue.publish("", "tasks", "{}", _BODY, delay=delay))
             queue.publish("", "events", "{}", _EVENT)
-        self._timed(
-            "take", lambda: queue.claim(self._consumer, [], 0, take_from=["events"], take_slots=100)
-        )
+        self._timed("take", lambda: queue.claim(self._consumer, [], 0, take_from=["events"], take_slots=100))
         messages = self._timed("claim", self._claim)
         # It was notified, and waits anew: once in a batch; each task, where workers are idle.
         self._timed("wait_for", lambda: queue.wait_for(self._consumer, ["tasks", "events"]))

@@ -11,8 +11,7 @@ import datetime
 import getpass
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
@@ -270,7 +269,7 @@ class OperationTable(RecordTable):
         """
         for attempt in range(ATTEMPTS):
             try:
-                with self._transaction() as transaction:
+                with self.transaction() as transaction:
                     return step(transaction)
             except Exception as error:
                 met = isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == "40P01"
@@ -279,21 +278,8 @@ class OperationTable(RecordTable):
             time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._connection() as connection:
-            connection.exec_driver_sql("BEGIN")
-            # What is asked by another connection meanwhile may wait for somebody who waits for this transaction.
-            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{PATIENCE}s'")
-            try:
-                yield connection
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                connection.invalidate()  # which rolls back
-                raise
-
     def _within(self, transaction: Connection, function: str, values: Sequence[Any]) -> list[dict[str, Any]]:
-        statement = self._statement(function, values)
+        statement = self._statement(function, values, what="* FROM ")
         return [dict(row) for row in transaction.exec_driver_sql(statement, tuple(values)).mappings()]
 
 

@@ -79,7 +79,9 @@ class PostgresServer:
         if primary is None:
             self._run("initdb", "--username=postgres", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
         else:
-            self._run("pg_basebackup", "--dbname", primary.url, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
+            self._run(
+                "pg_basebackup", "--dbname", primary.url, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"
+            )
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,

@@ -34,7 +34,9 @@ def application(url: str, options: dict[str, Any] | None = None, *, main: str = 
     return made
 
 
-app = application(os.environ.get(URL, "postgresql://nobody@localhost/nowhere"), json.loads(os.environ.get(OPTIONS, "{}")))
+app = application(
+    os.environ.get(URL, "postgresql://nobody@localhost/nowhere"), json.loads(os.environ.get(OPTIONS, "{}"))
+)
 
 
 class Run(NamedTuple):

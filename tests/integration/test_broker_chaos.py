@@ -182,14 +182,19 @@ def test_what_goes_in_comes_out_whatever_is_killed(rig: Rig, server: PostgresSer
     found = runs_in(rig.runs)
     again = {label: runs for label, runs in found.items() if len(runs) > 1}
     counts = {what: chaos.done.count(what) for what in sorted(set(chaos.done))}
-    print(f"{len(sent)} tasks, {sum(map(len, found.values()))} runs, {len(publisher.retried)} published again; {counts}")
+    print(
+        f"{len(sent)} tasks, {sum(map(len, found.values()))} runs, {len(publisher.retried)} published again; {counts}"
+    )
     assert rig.query("SELECT task_id, reason FROM rhesis_tasks.dead_letter") == []
     assert found.keys() == sent
     assert {label: runs for label, runs in again.items() if len(runs) > MAX_DELIVERIES * copies(label, publisher)} == {}
     assert [pair for runs in again.values() for pair in at_once(runs, chaos.died, publisher.retried)] == []
     early = {label for label, runs in found.items() if runs[0].began < publisher.sent[label] - 0.05}
     assert early == set()
-    assert rig.query("SELECT DISTINCT organization_id FROM rhesis_tasks.task_record ORDER BY 1") == [("acme",), ("globex",)]
+    assert rig.query("SELECT DISTINCT organization_id FROM rhesis_tasks.task_record ORDER BY 1") == [
+        ("acme",),
+        ("globex",),
+    ]
 
 
 def ended(found: dict[str, list[Run]]) -> set[str]:

@@ -5,7 +5,6 @@ Pages are counted, not time: what a statement has to read to pass what is gone.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -60,7 +59,7 @@ class Load:
     def wake(self, times: int, consumer: int | None = None) -> None:
         """A consumer waits and is notified, so often."""
         self.connection.query(
-            f"DO $$ BEGIN FOR i IN 1..{times} LOOP PERFORM rhesis_tasks.wait_for({consumer or self.consumer}, "  # noqa: S608
+            f"DO $$ BEGIN FOR i IN 1..{times} LOOP PERFORM rhesis_tasks.wait_for({consumer or self.consumer}, "
             "'{tasks}', '{}'); PERFORM rhesis_tasks.wake('tasks'); END LOOP; END $$"
         )
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_rig import Rig, running_rig, running_server
-from fault_tasks import application as new_application
 from applications import application
+from broker_rig import Rig, running_rig, running_server
 from celery import chain, chord, group
+from fault_tasks import application as new_application
 
 from rhesis_tasks import TenantContext, launch_with_context, tenant_scope, unconfigure
 from rhesis_tasks.processes import Child, wait_until

@@ -453,6 +453,7 @@ class Consumer:
         self.strategies = app.tasks
         self.connection_errors = ()
         self.pool = SimpleNamespace()
+        self.connection = SimpleNamespace(transport=None)
         self.handled: list[Any] = []
 
     def create_task_handler(self) -> Any:

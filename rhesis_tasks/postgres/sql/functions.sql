@@ -842,4 +842,48 @@ BEGIN
 END
 $$;
 
+-- What is in the durable queues, for metrics: cheap where millions wait, so that no number is higher than `most`, and the
+-- age of the oldest message is that among the first of each priority, in the order of delivery.  (A tenant's own messages
+-- are in the order of their publishing, so that it is the oldest of all, or nearly.)
+-- Index: message_next and message_suspect for what waits, message_held for what is claimed, message_due for what is
+-- delayed.
+CREATE OR REPLACE FUNCTION @schema@.queue_stats(most integer DEFAULT 10000)
+RETURNS TABLE (queue text, waiting bigint, delayed bigint, claimed bigint, oldest double precision, dead bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off AS $$
+#variable_conflict use_column
+BEGIN
+    FOR queue IN SELECT q.name FROM @schema@.queue q WHERE q.durable ORDER BY q.name LOOP
+        SELECT least(count(*), most) INTO waiting FROM (
+            (SELECT FROM ONLY @schema@.message m
+             WHERE m.queue = queue_stats.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries < 2
+             LIMIT most)
+            UNION ALL
+            (SELECT FROM ONLY @schema@.message m
+             WHERE m.queue = queue_stats.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries >= 2
+             LIMIT most)) w;
+        SELECT extract(epoch FROM clock_timestamp() - min(w.published_at)) INTO oldest FROM (
+            SELECT f.published_at
+            FROM generate_series(0, 9) p CROSS JOIN LATERAL (
+                SELECT m.published_at FROM ONLY @schema@.message m
+                WHERE m.queue = queue_stats.queue AND -m.priority = -p AND m.claim_token IS NULL AND m.due_at IS NULL
+                  AND m.deliveries < 2
+                ORDER BY m.start, m.id LIMIT most / 10) f
+            UNION ALL
+            (SELECT m.published_at FROM ONLY @schema@.message m
+             WHERE m.queue = queue_stats.queue AND m.claim_token IS NULL AND m.due_at IS NULL AND m.deliveries >= 2
+             LIMIT most)) w;
+        SELECT count(*) INTO delayed FROM (
+            SELECT FROM (SELECT m.queue FROM ONLY @schema@.message m WHERE m.due_at IS NOT NULL LIMIT 10 * most) d
+            WHERE d.queue = queue_stats.queue LIMIT most) w;
+        SELECT count(*) INTO claimed FROM (
+            SELECT FROM ONLY @schema@.message m
+            WHERE m.holder IS NOT NULL AND m.queue = queue_stats.queue LIMIT most) w;
+        SELECT count(*) INTO dead FROM (
+            SELECT FROM @schema@.dead_letter d WHERE d.queue = queue_stats.queue LIMIT most) w;
+        RETURN NEXT;
+    END LOOP;
+END
+$$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA @schema@ FROM PUBLIC;

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.defaults import SETTING_KEYS
+from celery.signals import beat_init, celeryd_init
 
 from . import hooks, logs, outcomes, propagation
 from .disclosure import use_disclosure
@@ -43,6 +44,13 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 """Celery settings that an application gets unless it has its own."""
 
+WORKER_DEFAULTS: Final[Mapping[str, Any]] = {
+    # A task that launches another one waits through an outage of the broker, about a minute and a half; all others
+    # give up after a second, as Celery has it: a web process has somebody who waits for the answer.
+    "task_publish_retry_policy": {"max_retries": 100, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
+}
+"""The same for workers and beat, which are known by the signals that Celery sends as they start."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Configuration:
@@ -54,6 +62,7 @@ class _Configuration:
     schema: str
     event_loop: str
     launch_records: bool
+    health_port: int | None
     redact: Redact | None
     show_arguments: bool
     sessions: TenantSessions | None
@@ -62,6 +71,9 @@ class _Configuration:
 
 
 _DEFAULTS_UID: Final = "rhesis_tasks.defaults"
+# By their names, so that other processes than workers do not import them.
+_SERVICES: Final = "rhesis_tasks.services:Services"
+_LOOP_WATCH: Final = "rhesis_tasks.services:LoopWatch"
 _ABSENT: Final = object()
 _replaced: weakref.WeakKeyDictionary[Celery, dict[str, Any]] = weakref.WeakKeyDictionary()  # defaults of Celery's
 _configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKeyDictionary()
@@ -78,6 +90,7 @@ def configure(
     schema: str | None = None,
     event_loop: str = "asyncio",
     launch_records: bool = True,
+    health_port: int | None = None,
     redact: Redact | None = None,
     show_arguments: bool = False,
     **overrides: Any,
@@ -100,6 +113,7 @@ def configure(
         schema: the schema of the library's own tables; by default RHESIS_TASKS_SCHEMA, or ``rhesis_tasks``.
         launch_records: whether a task has a record from its launch on (on PostgreSQL); without, from its start on, and
             until then it is unknown to its tenant and cannot be cancelled.
+        health_port: the port on which workers serve /livez, /readyz and /metrics; by default HEALTH_PORT, or none.
         redact: what the texts of a failure, its message and its traceback, become before they are stored (on
             PostgreSQL) or logged: a function of a str that returns one.  If it fails, nothing of the text is kept.
         show_arguments: whether the arguments and results of tasks are shown in events, by ``celery inspect`` and so in
@@ -132,6 +146,7 @@ def configure(
         schema_name(schema),
         event_loop,
         launch_records,
+        health_port,
         redact,
         show_arguments,
         sessions,
@@ -167,8 +182,11 @@ def configure(
     hooks.install()  # first, since hooks run before the context is gone
     propagation.install(app, signer, launch_records=launch_records)
     outcomes.install()
-    app.steps["consumer"].add(Guard)
+    app.steps["consumer"].update({Guard, _LOOP_WATCH})
+    app.steps["worker"].add(_SERVICES)
     logs.install()
+    celeryd_init.connect(_work, weak=False, dispatch_uid=f"{_DEFAULTS_UID}.worker")
+    beat_init.connect(_work, weak=False, dispatch_uid=f"{_DEFAULTS_UID}.beat")
     _configured[app] = wanted
 
 
@@ -189,7 +207,8 @@ def unconfigure(app: Celery) -> None:
     propagation.uninstall(app)
     use_redaction(app, None)
     use_disclosure(app, show_arguments=False)
-    app.steps["consumer"].discard(Guard)
+    app.steps["consumer"].difference_update({Guard, _LOOP_WATCH})
+    app.steps["worker"].discard(_SERVICES)
     use_sessions(app, None)
     if not _configured:
         logs.uninstall()
@@ -203,6 +222,8 @@ def _apply_settings(
     broker = wanted.broker_url or wanted.database_url
     results = wanted.result_backend or wanted.database_url
     defaults = {**DEFAULTS, "rhesis_tasks_schema": wanted.schema, "rhesis_tasks_event_loop": wanted.event_loop}
+    if wanted.health_port is not None:
+        defaults["rhesis_tasks_health_port"] = wanted.health_port
     if wanted.schema != DEFAULT_SCHEMA:
         # For a broker URL that is not given here (-b, CELERY_BROKER_URL, the application's own).
         defaults["broker_transport_options"] = {"default_schema": wanted.schema}
@@ -236,6 +257,17 @@ def _add_defaults(app: Celery, defaults: dict[str, Any]) -> None:
         add()
     # Sent each time that Celery has read its configuration.
     app.on_after_configure.connect(add, weak=False, dispatch_uid=_DEFAULTS_UID)
+
+
+def _work(sender: Any = None, instance: Any = None, **_: Any) -> None:
+    """A worker or beat begins in this process."""
+    app = (instance or sender).app
+    if app in _configured:
+        _ = app.conf.broker_url  # has it read, if it was not
+        celerys = _celerys_defaults(app)
+        for key in WORKER_DEFAULTS:
+            _replaced[app].setdefault(key, celerys.get(key, _ABSENT))
+        celerys.update(WORKER_DEFAULTS)
 
 
 def _celerys_defaults(app: Celery) -> dict[str, Any]:

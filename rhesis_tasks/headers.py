@@ -25,6 +25,7 @@ __all__ = [
     "HEADER",
     "MAX_BYTES",
     "REFUSED",
+    "SENT_AT",
     "Envelope",
     "Progress",
     "RequestState",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 HEADER: Final = "rhesis_tasks"
+SENT_AT: Final = "rhesis_tasks_sent_at"
+"""The header with the time of publishing, in seconds since 1970: for metrics, and nothing else."""
 VERSION: Final = 1
 MAX_BYTES: Final = 8192
 """The largest context that may travel, in bytes of JSON."""

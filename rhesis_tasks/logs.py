@@ -7,16 +7,31 @@ A field without a value is ``"-"``.  Arguments of tasks are never among them.
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
+import os
+import warnings
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 from celery._state import get_current_task
+from celery.signals import after_setup_logger, after_setup_task_logger, celeryd_init
 
 from .context import current_tenant
 from .variables import LOG_FIELDS, MISSING, registered_vars
 
-__all__ = ["FIELDS", "TASK_LOG_FORMAT", "TaskLogger", "WORKER_LOG_FORMAT", "fields", "install", "uninstall"]
+__all__ = [
+    "FIELDS",
+    "TASK_LOG_FORMAT",
+    "WORKER_LOG_FORMAT",
+    "JsonFormatter",
+    "TaskLogger",
+    "fields",
+    "install",
+    "install_json",
+    "uninstall",
+]
 
 FIELDS: Final = LOG_FIELDS
 ABSENT: Final = "-"
@@ -81,6 +96,7 @@ def install() -> None:
     """Put the context on every log record of this process from now on; calling it again changes nothing."""
     global _previous
     if _previous is None:
+        celeryd_init.connect(_before_the_log, weak=False, dispatch_uid=f"{__name__}.json")
         _previous = logging.getLogRecordFactory()
         logging.setLogRecordFactory(_make_record)
 
@@ -91,6 +107,76 @@ def uninstall() -> None:
     if _previous is not None and logging.getLogRecordFactory() is _make_record:
         logging.setLogRecordFactory(_previous)
         _previous = None
+        celeryd_init.disconnect(dispatch_uid=f"{__name__}.json")
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``process``, the context, and ``message``.
+
+    ``extra=`` of an application's own is in it, too; of what Celery and the like add, only what our lines about tasks
+    do, since theirs quote arguments.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "process": record.processName,
+        }
+        line |= {name: getattr(record, name, ABSENT) for name in fields()}
+        is_celerys = record.name.partition(".")[0] in ("celery", "kombu", "billiard")
+        for name, value in vars(record).items():
+            if name not in _STANDARD and name not in line and (not is_celerys or name.startswith("task_")):
+                line[name] = value
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        elif record.exc_text:
+            line["exception"] = record.exc_text
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        return json.dumps(line, default=str)
+
+
+def install_json() -> None:
+    """Let the log of this process's worker be JSON, Celery's own lines too; again it changes nothing."""
+    after_setup_logger.connect(_write_json, weak=False, dispatch_uid=f"{__name__}.json")
+    after_setup_task_logger.connect(_write_json, weak=False, dispatch_uid=f"{__name__}.json")
+    # The log is set up already when a worker's steps are made.
+    for name in ("", "celery", "celery.task", "celery.redirected"):
+        _write_json(logging.getLogger(name))
+    from celery.apps import worker
+
+    worker.safe_say = _say  # type: ignore[attr-defined,unused-ignore]  # what it prints inside of signal handlers
+
+
+def _write_json(logger: logging.Logger, **_: object) -> None:
+    for each in (logger, logging.getLogger("multiprocessing")):  # the latter tells of lost processes
+        for handler in each.handlers:
+            handler.setFormatter(JsonFormatter())
+
+
+def _before_the_log(**_: object) -> None:
+    """A worker begins: what is warned of before its log is set up (of running as root) is JSON, too."""
+    if os.environ.get("LOG_FORMAT", "").strip().lower() == "json":
+
+        def show(message: object, category: type[Warning], *_: object, **__: object) -> None:
+            _say(f"{category.__name__}: {message}")
+
+        warnings.showwarning = show
+
+
+def _say(text: str, *_: object) -> None:
+    """A line without logging, whose locks the code may hold that a signal has interrupted."""
+    record = logging.LogRecord("celery.apps.worker", logging.INFO, "", 0, text.strip(), None, None)
+    os.write(2, f"\n{JsonFormatter().format(record)}\n".lstrip("\n").encode())
 
 
 class TaskLogger(logging.LoggerAdapter[logging.Logger]):

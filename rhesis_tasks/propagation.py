@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from .disclosure import SHOWN, shown_arguments
 from .errors import ContextError, HeaderError, NotConfiguredError, TenantConflictError
 from .headers import (
     HEADER,
+    SENT_AT,
     Envelope,
     RequestState,
     capture,
@@ -129,7 +131,7 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
                 options |= later
         if name == _UNLOCK and args and len(args) > 1:  # the chord's body is among its arguments
             args = (args[0], bound_options({"chord": args[1]}, carrier(envelope), app)["chord"], *args[2:])
-        options["headers"] = with_context(headers, envelope)
+        options["headers"] = {**with_context(headers, envelope), SENT_AT: round(time.time(), 3)}
         for shown, text in zip(SHOWN, shown_arguments(app, envelope.tenant, args, kwargs), strict=True):
             if options.get(shown) is None:
                 options[shown] = text

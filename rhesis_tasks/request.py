@@ -9,17 +9,18 @@ them is: what nobody with a key has published becomes a request with a name and 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
-from celery.exceptions import InvalidTaskError, Reject, TimeLimitExceeded
+from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TimeLimitExceeded
 from celery.signals import task_failure, task_retry
 from celery.worker import request as worker_request
 from celery.worker import state
@@ -37,22 +38,48 @@ from .states import State
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["ContextRequest"]
+__all__ = ["ContextRequest", "Observer"]
 
 _log = logging.getLogger(worker_request.__name__)
 _security = logging.getLogger("rhesis_tasks.security")
 _Request: Any = worker_request.Request  # the stubs leave out most of it
 
 
+class Observer(Protocol):
+    """What wants to know of attempts; it must not raise, and is called in whichever thread."""
+
+    def started(self, request: Any) -> None:
+        """The pool has begun with it."""
+
+    def ended(self, request: Any, outcome: str, runtime: float | None) -> None:
+        """After so many seconds: ``success``, ``failure``, ``retry``, ``requeued``, ``ignored`` or ``revoked``."""
+
+
 class ContextRequest(_Request):  # type: ignore[misc]
     """Celery's request for the execution of a task, with the context of the task's message."""
 
     checks_signatures: ClassVar[bool] = True
+    observer: ClassVar[Observer | None] = None  #: what is told how attempts begin and end, in this process
 
+    _is_counted = False  # its end was told to the observer
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
     _is_told = False  # how it has ended
     _decided: BaseException | None = None  # what is dealt with here
+
+    def __init_subclass__(cls) -> None:
+        # Celery makes a class for each task, with an on_success of its own.
+        own = vars(cls).get("on_success")
+        if own is not None:
+
+            @functools.wraps(own)
+            def on_success(self: ContextRequest, failed__retval__runtime: Any, **kwargs: Any) -> Any:
+                failed, _, runtime = failed__retval__runtime
+                if not failed:
+                    self._count("success", runtime)
+                return own(self, failed__retval__runtime, **kwargs)
+
+            cls.on_success = on_success
 
     def __init__(self, message: Any, *args: Any, **options: Any) -> None:
         app = options["app"]
@@ -107,6 +134,20 @@ class ContextRequest(_Request):  # type: ignore[misc]
             self.task.request_stack.pop()
             _task_stack.pop()
 
+    def _count(self, outcome: str, runtime: float | None = None) -> None:
+        """Tell the observer how it has ended, once."""
+        if self.observer is not None and not self._is_counted:
+            self._is_counted = True
+            if runtime is None and self.time_start is not None:
+                runtime = max(0.0, time.time() - self.time_start)
+            self.observer.ended(self, outcome, runtime)
+
+    @override
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        super().on_accepted(pid, time_accepted)
+        if self.observer is not None:
+            self.observer.started(self)
+
     @override
     def revoked(self) -> bool:
         """Whether the task was revoked or has expired; Celery asks for each task, so the context waits until it may."""
@@ -117,6 +158,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
 
     @override
     def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:
+        self._count("revoked")
         with self._as_launched():
             super()._announce_revoked(*args, **kwargs)
 
@@ -142,6 +184,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
                 self._timed_out = exc_info
             elif isinstance(error, Reject) and not getattr(error, "requeue", False) and not self._is_told:
                 self._store_rejection(error)
+            self._count("requeued" if self._requeued else _OUTCOMES.get(type(error), "failure"))
             return result
 
     def _store_rejection(self, error: Reject) -> None:
@@ -166,6 +209,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
         with self._as_launched(), self._deciding(None):
             if soft or self._timed_out is None:
                 super().on_timeout(soft, timeout)
+                if not soft:
+                    self._count("requeued" if self._requeued else "failure")
                 if not (soft or self._requeued or state.should_terminate):
                     self.tell(TimeLimitExceeded(timeout))  # Celery 5.6 sends no signal
                 return
@@ -220,6 +265,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
         except Exception:
             _log.exception("the hooks of task %s[%s] cannot be run", self.name, self.id)
 
+
+_OUTCOMES: Final = {Retry: "retry", Ignore: "ignored"}
 
 _deciding: ContextVar[ContextRequest | None] = ContextVar("rhesis_tasks.deciding", default=None)
 

@@ -15,6 +15,7 @@ from .flower import flower
 from .schema import schema
 from .tasks import tasks
 from .tenants import tenants
+from .worker import worker
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ def commands() -> None:
     """Celery tasks that know their tenant."""
 
 
-for command in (demo, flower, schema, tasks, tenants):
+for command in (demo, flower, schema, tasks, tenants, worker):
     commands.add_command(command)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL
@@ -21,7 +23,7 @@ from ..settings import redacted, require_psycopg
 if TYPE_CHECKING:
     import psycopg
 
-__all__ = ["Connection", "read_only"]
+__all__ = ["Connection", "is_asking", "read_only"]
 
 # Notice a peer that is gone without a word in seconds, not in hours.  (Ignored on unix sockets.)
 _KEEPALIVES: Final = {
@@ -197,6 +199,13 @@ class Connection:
             if self._on_notification is not None:
                 self._on_notification(notification.extra.decode())
 
+    def cut(self) -> None:
+        """Let whoever waits for an answer get an error; from any thread."""
+        raw = self._raw
+        if raw is not None:
+            with suppress(Exception), socket.socket(fileno=os.dup(raw.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close it; the next query opens it again."""
         raw, self._raw = self._raw, None
@@ -208,6 +217,11 @@ class Connection:
         self._raw = None
         self._opening = threading.RLock()
         self._asking = set()
+
+
+def is_asking(thread: int | None) -> bool:
+    """Whether a thread waits for the answer to a statement, on any connection."""
+    return any(thread in connection._asking for connection in list(_all))
 
 
 @functools.cache

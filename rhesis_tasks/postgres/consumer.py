@@ -194,6 +194,11 @@ class Consumer:
         return os.getpid() != self._pid
 
     @property
+    def silent_for(self) -> float:
+        """Seconds since the server has last heard of it."""
+        return time.monotonic() - self._listener.kept_at
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is consumed and nothing held."""
         return not self._subscriptions and not self._held and not self._acks

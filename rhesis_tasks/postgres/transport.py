@@ -217,6 +217,17 @@ class Transport(virtual.Transport):
             if self._consumer.is_idle:
                 self._end_consumer()
 
+    @property
+    def silent_for(self) -> float | None:
+        """Seconds since the server has last heard of the consumer; None if nothing is consumed."""
+        consumer = self._consumer
+        return None if consumer is None else consumer.silent_for
+
+    @property
+    def grace(self) -> float:
+        """Seconds without a life sign after which what the consumer holds is given to others."""
+        return self._grace
+
     def look_now(self) -> None:
         """Look for messages: more of them may be delivered now."""
         if self._consumer is not None:

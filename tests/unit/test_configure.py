@@ -6,11 +6,13 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery, Task
 from celery.backends.cache import CacheBackend
+from celery.signals import celeryd_init
 from sqlalchemy.engine import make_url
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, unconfigure
@@ -463,3 +465,15 @@ def test_unconfigure_puts_back_a_send_task_of_the_applications_own(make_app: Any
 
     unconfigure(app)
     assert app.send_task is own
+
+
+def test_only_a_worker_waits_long_for_a_broker_that_is_away(bare: Celery) -> None:
+    configure(bare, broker_url="memory://")
+    before = bare.conf.task_publish_retry_policy
+
+    celeryd_init.send(sender="w@here", instance=SimpleNamespace(app=bare))  # as Celery does
+
+    assert before["max_retries"] == 3
+    assert bare.conf.task_publish_retry_policy["max_retries"] == 100
+    unconfigure(bare)
+    assert bare.conf.task_publish_retry_policy == before

@@ -14,12 +14,25 @@ PACKAGE = Path(rhesis_tasks.__file__).parent
 
 # From the ground up; a module imports from lower layers, or from its own.
 LAYERS = [
-    {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing", "disclosure"},
+    {"errors", "failures", "states", "settings", "context", "variables", "headers", "signing", "disclosure", "options"},
     {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}
     | {"injection", "logs", "threads", "loops", "otel", "reporting", "runs", "soft_limits"},
-    {"request", "guard", "task", "launch", "status", "operations", "app", "beat"},
+    {
+        "request",
+        "guard",
+        "task",
+        "launch",
+        "status",
+        "operations",
+        "app",
+        "beat",
+        "services",
+        "health",
+        "metrics",
+        "stopping",
+    },
     {"cli", "display", "fastapi", "streaming", "testing", "demo", "embedded", "processes", "migrations", "flower"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,87 @@
+"""A worker's end within a bound.
+
+Celery's warm shutdown waits for what runs, however long that takes.  Here it has so many seconds; then Celery is told
+to shut down cold, which stops what runs and lets its messages be given back.  If that does not end the process within
+moments (threads cannot be stopped), it is ended here.  Whoever tells the worker to stop a second time does not want to
+wait at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from contextlib import suppress
+from typing import Any, Final
+
+from celery.signals import worker_shutting_down
+from celery.worker import state as worker_state
+
+__all__ = ["StopBound"]
+
+_log = logging.getLogger(__name__)
+state: Any = worker_state
+
+COLD: Final = 5.0
+"""Seconds that Celery's cold shutdown gets."""
+
+_LEAVE: Final = 3.0  # seconds to give messages back in
+_HELD_ON: Final = 75  # the exit code: EX_TEMPFAIL
+
+
+class StopBound:
+    """Ends a worker that was told to stop.
+
+    Args:
+        worker: Celery's.
+        seconds: what tasks that run have, from the first signal on.
+    """
+
+    def __init__(self, worker: Any, seconds: float) -> None:
+        self._worker = worker
+        self._seconds = seconds
+        self._pid = os.getpid()
+        self._signals = 0
+        self._told, self._told_again = threading.Event(), threading.Event()
+
+    def arm(self) -> None:
+        """Listen for the signals from now on."""
+        worker_shutting_down.connect(self._on_signal, weak=False, dispatch_uid=f"{__name__}.{self._pid}")
+        threading.Thread(target=self._run, name="rhesis-tasks stop", daemon=True).start()
+
+    def _on_signal(self, **_: Any) -> None:
+        """Inside of a signal handler: what waits is a thread, since a timer would have to be started here."""
+        if os.getpid() == self._pid:
+            self._signals += 1
+            (self._told if self._signals == 1 else self._told_again).set()
+
+    def _run(self) -> None:
+        self._told.wait()
+        if not self._told_again.wait(self._seconds):
+            self._say("%d tasks still run %g seconds after the worker was told to stop: they are stopped")
+        else:
+            self._say("told to stop a second time: %d tasks are stopped")
+        if state.should_terminate is None or state.should_terminate is False:
+            os.kill(self._pid, signal.SIGQUIT)
+        threading.Event().wait(COLD)
+        self._end()
+
+    def _say(self, text: str) -> None:
+        _log.warning(text, *(len(state.active_requests), self._seconds)[: text.count("%")])
+
+    def _end(self) -> None:
+        """End the process and its pool's; what was not done is others'."""
+        _log.error("the worker does not stop: it is ended, and what it has not done is left to others")
+        state.should_terminate = state.should_terminate or _HELD_ON  # so that lost processes are no failures of tasks
+        for process in list(getattr(getattr(self._worker.pool, "_pool", None), "_pool", None) or ()):
+            with suppress(AttributeError, TypeError, ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        giving_back = threading.Thread(target=self._give_back, daemon=True)
+        giving_back.start()
+        giving_back.join(_LEAVE)  # if that is too short, others take what was claimed after the grace period
+        os._exit(_HELD_ON)
+
+    def _give_back(self) -> None:
+        with suppress(Exception):
+            self._worker.consumer.connection.transport._end_consumer()

@@ -123,7 +123,7 @@ def dead_letters(
 
 
 def count(app: Celery, which: MessageFilter | None = None) -> dict[MessageState, int]:
-    """How many messages there are in each state.  Walks all of them, which takes a second for a million."""
+    """How many messages there are in each state.  Walks all of them, which takes seconds where there are millions."""
     return _table(app).count(which or MessageFilter())
 
 

@@ -10,24 +10,27 @@ import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from applications import application
 from celery import Celery, chain, chord
 from celery.exceptions import TaskRevokedError
-from conftest import MakeApp
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
+from test_broker_roles import TRAPS
 
 from rhesis_tasks import TenantContext, configure, launch_with_context, operations, tenant_scope, unconfigure
 from rhesis_tasks.errors import ConfigurationError, DeadLetterError, MissingPrivilegeError, NotSupportedError
 from rhesis_tasks.operations import MessageFilter, MessageState, Operation
 from rhesis_tasks.postgres.schema import create_schema
 from rhesis_tasks.processes import python, wait_until
-from rhesis_tasks.settings import quote_identifier
+from rhesis_tasks.settings import database_url, quote_identifier
 from rhesis_tasks.states import State
 from rhesis_tasks.testing import TenantDatabase, running_worker
+
+if TYPE_CHECKING:
+    from conftest import MakeApp
 
 HERE = Path(__file__).parent
 TIMEOUT = 60
@@ -643,6 +646,46 @@ def test_a_login_that_only_launches_may_do_none_of_it(database: TenantDatabase, 
         with admin.begin() as connection:
             connection.exec_driver_sql(f"DROP OWNED BY {quote_identifier(web)}")
             connection.exec_driver_sql(f"DROP ROLE {quote_identifier(web)}")
+
+
+def test_no_function_for_operators_can_be_led_to_run_the_callers_code(database: TenantDatabase) -> None:
+    """As test_broker_roles.py has it for the others."""
+    role = quote_identifier(database.role)
+    admin = create_engine(database.admin.url.set(database=database.owner.url.database), poolclass=NullPool)
+    with admin.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA traps AUTHORIZATION {role}")
+    url = database_url(database.url)
+    try:
+        with create_engine(url, poolclass=NullPool).connect() as connection:
+
+            def run(statement: str) -> None:
+                connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+
+            run(TRAPS.replace("json,", "json,jsonb,uuid,"))
+            run("SET LOCAL search_path = traps, pg_catalog")
+            for table in ("message", "dead_letter", "consumer", "task_record", "group_record", "audit_record"):
+                run(f"CREATE TEMP TABLE {table} (LIKE pg_catalog.pg_class)")
+            run("SELECT rhesis_tasks.publish('', 'trapped', '{}', 'body', 5, 'acme', 'one', 'work', 60)")
+            which = """'{"organization_id": "acme", "older_than": 0, "user_id": null}'"""
+            states, ended = "'{queued}', '{queued, started}'", "'operator o', 'revoked', 'E', 'm'"
+            uuid = "'00000000-0000-0000-0000-000000000000'"
+            run(f"SELECT * FROM rhesis_tasks.operation_messages({which}, -1, 10)")
+            run(f"SELECT * FROM rhesis_tasks.operation_count({which})")
+            run(f"SELECT * FROM rhesis_tasks.operation_summary({which}, 'queue')")
+            run(f"SELECT * FROM rhesis_tasks.operation_abort({which}, 'o', '{{queued}}', 'revoked', 'E', 'm', '{{}}')")
+            run(f"SELECT * FROM rhesis_tasks.operation_remove({which}, -1, 10, true)")
+            run(f"SELECT rhesis_tasks.operation_end('{{acme}}', '{{one}}', {ended}, {states})")
+            run(f"SELECT * FROM rhesis_tasks.operation_replay({which}, -1, 10, 'queued', {states})")
+            run(f"SELECT * FROM rhesis_tasks.operation_purge({uuid}, 'trapped', -1, 10, 'o', {ended}, {states})")
+            run(f"SELECT rhesis_tasks.operation_note({uuid}, 'purge', 'o', {which}, '{{}}')")
+            run("SELECT * FROM rhesis_tasks.operation_notes(NULL, 10)")
+            run("SELECT * FROM rhesis_tasks.operation_records('one')")
+            run("SELECT * FROM rhesis_tasks.operation_count_records('acme')")
+            run("SELECT * FROM rhesis_tasks.operation_forget('acme', 10)")
+            connection.rollback()
+    finally:
+        with admin.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA traps CASCADE")
 
 
 def test_audit_records_can_be_changed_by_nobody_who_runs_workers(database: TenantDatabase) -> None:

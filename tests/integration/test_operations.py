@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from applications import application
 from celery import Celery, chain, chord
@@ -489,23 +490,18 @@ def test_a_replayed_dead_letter_runs_under_its_task_id(
     assert record(app, acme, ids[DEAD]).result == 11
 
 
-@pytest.mark.usefixtures("worker")
-def test_a_worker_that_waits_is_woken_by_a_replay(
-    tasks: Any,
-    app: Celery,
-    acme: TenantContext,
-    queue: str,
-    launch: Callable[..., str],
-    bury: Any,
-    database: TenantDatabase,
+def test_whoever_waits_for_a_message_is_notified_of_a_replay(
+    app: Celery, acme: TenantContext, queue: str, in_each_state: InEachState, database: TenantDatabase
 ) -> None:
-    task_id = launch(tasks.add, 5, 6, context=acme, queue=f"{queue}-other")
-    bury(acme, task_id)
-    database.execute(f"UPDATE rhesis_tasks.dead_letter SET queue = '{queue}' WHERE task_id = '{task_id}'")
+    in_each_state(acme)
+    database.execute(f"INSERT INTO rhesis_tasks.waiter (queue, consumer) VALUES ('{queue}', 999)")
+    with psycopg.connect(database.url, autocommit=True) as waiting:
+        [(channel,)] = waiting.execute("SELECT rhesis_tasks.channel_of(999)").fetchall()
+        waiting.execute(f'LISTEN "{channel}"')
 
-    operations.replay(app, MessageFilter(task_id=task_id), operator="olga", dry_run=False)
+        operations.replay(app, of(acme), operator="olga", dry_run=False)
 
-    wait_for_state(app, acme, task_id, State.SUCCESS)
+        assert [each.payload for each in waiting.notifies(timeout=TIMEOUT, stop_after=1)] == [queue]
 
 
 def test_the_dead_letter_of_a_task_that_has_ended_otherwise_is_kept(

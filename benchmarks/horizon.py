@@ -34,7 +34,8 @@ _EVENT: Final = b"x" * 200
 _OPERATIONS: Final = ("publish", "claim", "take", "wait_for", "agree", "tend", "promote")
 _SIZES: Final = """
     SELECT relname, pg_relation_size(oid) FROM pg_class
-    WHERE relnamespace = 'rhesis_tasks'::regnamespace AND relkind IN ('r', 'i') AND relname ~ '^(transient_)?message|waiter'
+    WHERE relnamespace = 'rhesis_tasks'::regnamespace AND relkind IN ('r', 'i')
+      AND relname ~ '^(transient_)?message|waiter'
     ORDER BY 2 DESC LIMIT 6
 """
 

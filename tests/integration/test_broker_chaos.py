@@ -6,6 +6,7 @@ what luck.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -208,7 +209,7 @@ def copies(label: str, publisher: Publisher) -> int:
 
 def at_once(runs: list[Run], died: dict[int, float], retried: set[str]) -> Iterator[tuple[Run, Run]]:
     """Runs of one message of which one began before the one before had ended, or its process was dead."""
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in itertools.pairwise(runs):
         over = before.ended if before.ended is not None else died.get(before.process)
         if before.label not in retried and (over is None or after.began < over):
             yield before, after

@@ -42,11 +42,14 @@ class Message:
     deliveries: int = 0
     token: int | None = None
     holder: int | None = None
-    is_aside: bool = False
 
     @property
     def is_waiting(self) -> bool:
-        return self.token is None and not self.is_aside
+        return self.token is None
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.deliveries >= 2
 
     def wait_again(self, *, uncounted: bool) -> None:
         self.token = self.holder = None
@@ -55,7 +58,7 @@ class Message:
     @property
     def row(self) -> tuple[object, ...]:
         table = "transient_message" if self.queue == "passing" else "message"
-        return table, self.queue, self.priority, self.body, self.deliveries, self.token, self.holder, self.is_aside
+        return table, self.queue, self.priority, self.body, self.deliveries, self.token, self.holder
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,8 +94,9 @@ class Story(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.owner.connection.query(
-            "TRUNCATE rhesis_tasks.message, rhesis_tasks.transient_message, rhesis_tasks.consumer, "
-            "rhesis_tasks.subscription, rhesis_tasks.waiter, rhesis_tasks.queue, rhesis_tasks.binding"
+            "TRUNCATE rhesis_tasks.message, rhesis_tasks.transient_message, rhesis_tasks.dead_letter, "
+            "rhesis_tasks.consumer, rhesis_tasks.subscription, rhesis_tasks.waiter, rhesis_tasks.queue, "
+            "rhesis_tasks.binding"
         )
         for name in QUEUES:
             self.queue.declare_queue(name, durable=name != "passing")
@@ -102,6 +106,7 @@ class Story(RuleBasedStateMachine):
                 self.queue.bind(name, "weather", key)
         self.messages: list[Message] = []
         self.published = 0
+        self.dead: list[bytes] = []  # what was given up
         self.claims: list[tuple[int, int]] = []  # all that were ever made, with their tokens
         self.consumers = [Participant(self.queue.new_consumer()) for _ in range(3)]
         self.known: set[int] = set()  # the consumers that the server knows of
@@ -136,9 +141,14 @@ class Story(RuleBasedStateMachine):
         """What is delivered next: queue by queue, urgent before old."""
         found: list[Message] = []
         for name in names:
-            waiting = [each for each in self.messages if each.queue == name and each.is_waiting]
+            waiting = [each for each in self.messages if each.queue == name and each.is_waiting and not each.is_suspect]
             found += sorted(waiting, key=lambda each: (-each.priority, each.number))[: max(0, slots - len(found))]
         return found
+
+    def suspects(self, name: str) -> list[Message]:
+        """What was delivered twice in vain, the worst first."""
+        waiting = [each for each in self.messages if each.queue == name and each.is_waiting and each.is_suspect]
+        return sorted(waiting, key=lambda each: (-each.deliveries, -each.priority, each.number))
 
     def release_held(self, number: int, *, uncounted: bool, kept: Sequence[int] = ()) -> int:
         """Release what a consumer holds, but for the claims with the tokens in ``kept``."""
@@ -173,20 +183,44 @@ class Story(RuleBasedStateMachine):
     def claim(self, who: int, names: Sequence[str], slots: int) -> None:
         self.claim_and_more(who, names, slots)
 
-    @rule(who=someone, names=queues, slots=st.integers(0, 6), take_slots=st.integers(0, 2), acks=some)
+    @rule(
+        who=someone,
+        names=queues,
+        slots=st.integers(0, 6),
+        take_slots=st.integers(0, 2),
+        acks=some,
+        has_none=st.booleans(),
+    )
     def claim_and_more(
-        self, who: int, names: Sequence[str], slots: int, take_slots: int = 0, acks: Sequence[int] = ()
+        self,
+        who: int,
+        names: Sequence[str],
+        slots: int,
+        take_slots: int = 0,
+        acks: Sequence[int] = (),
+        has_none: bool = False,
     ) -> None:
         """Acknowledge, take from the first of the queues, and claim from the second and third."""
         consumer = self.consumers[who]
         takes, names = (names[:1], names[1:3]) if take_slots else ([], names)
         late = self.done(self.chosen(acks))
         taken, claimed = self.next_in(takes, take_slots), self.next_in(names, slots)
+        for name in takes:
+            taken += sorted(self.suspects(name)[: take_slots - len(taken)], key=lambda each: each.number)
+        alone = next((found for name in names for found in self.suspects(name)[:1]), None)
+        if has_none and slots and alone is not None:
+            claimed = [alone]
         for message in claimed:
             message.deliveries += 1
 
         found, found_late = self.queue.claim(
-            consumer.number, names, slots, take_from=takes, take_slots=take_slots, acks=self.chosen(acks)
+            consumer.number,
+            names,
+            slots,
+            take_from=takes,
+            take_slots=take_slots,
+            acks=self.chosen(acks),
+            has_none=has_none,
         )
 
         assert sorted((each.id, each.token) for each in found_late) == sorted(late)
@@ -235,14 +269,14 @@ class Story(RuleBasedStateMachine):
 
     @precondition(lambda self: self.claims)
     @rule(pick=st.integers(0, 15))
-    def set_aside(self, pick: int) -> None:
+    def bury(self, pick: int) -> None:
         claim = self.chosen([pick])[0]
         message = self.held(claim)
         if message is not None:
-            message.token = message.holder = None
-            message.is_aside = True
+            self.messages.remove(message)
+            self.dead.append(message.body)
 
-        self.queue.set_aside(*claim)
+        assert self.queue.bury(*claim, "for a test") is (message is not None)
 
     @rule(name=st.sampled_from(QUEUES))
     def purge(self, name: str) -> None:
@@ -305,10 +339,12 @@ class Story(RuleBasedStateMachine):
     def nothing_is_lost_and_nothing_is_there_twice(self) -> None:
         rows = self.owner.connection.query(
             "SELECT CASE tableoid WHEN 'rhesis_tasks.message'::regclass THEN 'message' ELSE 'transient_message' END, "
-            "queue, priority, body, deliveries, claim_token, holder, due_at = 'infinity' IS TRUE "
+            "queue, priority, body, deliveries, claim_token, holder "
             "FROM rhesis_tasks.message"
         )
         assert sorted(rows, key=repr) == sorted((each.row for each in self.messages), key=repr)
+        dead = self.owner.connection.query("SELECT body FROM rhesis_tasks.dead_letter")
+        assert sorted(body for (body,) in dead) == sorted(self.dead)
 
     @invariant()
     def sizes_count_what_waits(self) -> None:

@@ -134,8 +134,9 @@ def stored(database: TenantDatabase, queue: str = "letters") -> list[str]:
         return list(
             connection.scalars(
                 text(
-                    "SELECT CASE WHEN claim_token IS NOT NULL THEN 'claimed' WHEN due_at = 'infinity' THEN 'set aside' "
-                    "ELSE 'waiting' END FROM rhesis_tasks.message WHERE queue = :queue ORDER BY id"
+                    "SELECT CASE WHEN claim_token IS NOT NULL THEN 'claimed' ELSE 'waiting' END "
+                    "FROM (SELECT id, queue, claim_token FROM rhesis_tasks.message) m WHERE queue = :queue "
+                    "UNION ALL SELECT 'dead' FROM rhesis_tasks.dead_letter WHERE queue = :queue ORDER BY 1"
                 ),
                 {"queue": queue},
             )
@@ -1327,7 +1328,7 @@ BROKEN: dict[str, tuple[bytes, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("broken", "end"), [*((broken, "ack") for broken in BROKEN), ("broken JSON", "reject")])
-def test_a_body_that_cannot_be_decoded_is_set_aside_instead_of_lost(
+def test_a_body_that_cannot_be_decoded_is_buried_instead_of_lost(
     connect: Connect, tenant_database: TenantDatabase, caplog: pytest.LogCaptureFixture, broken: str, end: str
 ) -> None:
     publisher, connection = connect(), connect()
@@ -1346,20 +1347,20 @@ def test_a_body_that_cannot_be_decoded_is_set_aside_instead_of_lost(
     with Consumer(connection, [LETTERS], callbacks=[take], on_decode_error=give_up, accept=["json"]):
         while not got:
             connection.drain_events(timeout=TIMEOUT)
-        until_stored(tenant_database, ["set aside"], connection)
+        until_stored(tenant_database, ["dead"], connection)
 
     assert got == [{"later": True}]
-    assert_logged_as_set_aside(caplog)
+    assert_logged_as_dead(caplog)
     assert Inbox(connect(), LETTERS).stays_at(0)
 
 
-def assert_logged_as_set_aside(caplog: pytest.LogCaptureFixture) -> None:
+def assert_logged_as_dead(caplog: pytest.LogCaptureFixture) -> None:
     (logged,) = [record for record in caplog.records if record.name.startswith("rhesis_tasks")]
     assert logged.levelno == logging.ERROR
-    assert "queue 'letters' cannot be read and was set aside" in logged.getMessage()
+    assert "queue 'letters' is a dead letter now: it could not be read" in logged.getMessage()
 
 
-def test_a_body_that_was_read_is_not_set_aside_when_it_is_rejected(
+def test_a_body_that_was_read_is_not_buried_when_it_is_rejected(
     connection: Connection, tenant_database: TenantDatabase
 ) -> None:
     publish(connection, {"fine": True})
@@ -1383,7 +1384,7 @@ def write_by_hand(database: TenantDatabase, envelope: str) -> None:
 
 
 @pytest.mark.parametrize("envelope", UNREADABLE)
-def test_an_envelope_that_cannot_be_read_is_set_aside_and_later_messages_come(
+def test_an_envelope_that_cannot_be_read_is_buried_and_later_messages_come(
     connect: Connect, tenant_database: TenantDatabase, caplog: pytest.LogCaptureFixture, envelope: str
 ) -> None:
     connection = connect()
@@ -1394,8 +1395,8 @@ def test_an_envelope_that_cannot_be_read_is_set_aside_and_later_messages_come(
     assert payloads(inbox.wait_for(1)) == ["later"]
 
     inbox.messages[0].ack()
-    until_stored(tenant_database, ["set aside"], connection)
-    assert_logged_as_set_aside(caplog)
+    until_stored(tenant_database, ["dead"], connection)
+    assert_logged_as_dead(caplog)
     assert Inbox(connect(), LETTERS).stays_at(0)
 
 
@@ -1409,7 +1410,7 @@ def test_getting_one_message_passes_over_those_that_cannot_be_read(
 
     assert message is not None, "None would say that the queue is empty"
     assert message.payload == "later"
-    assert stored(tenant_database) == ["set aside", "claimed"]
+    assert stored(tenant_database) == ["claimed", "dead"]
 
 
 # --- forks -------------------------------------------------------------------------------------------------------

@@ -745,8 +745,9 @@ BEGIN
     IF sweeps THEN
         -- Not all at once if there are many, or the caller would seem to be dead meanwhile.
         DELETE FROM @schema@.message
-        WHERE id IN (SELECT m.id FROM @schema@.message m WHERE m.expires_at <= now_ AND m.claim_token IS NULL
-                     ORDER BY m.expires_at LIMIT 5000 FOR UPDATE SKIP LOCKED);
+        WHERE id = ANY (ARRAY(
+            SELECT m.id FROM @schema@.message m WHERE m.expires_at <= now_ AND m.claim_token IS NULL
+            ORDER BY m.expires_at LIMIT 5000 FOR UPDATE SKIP LOCKED));
         PERFORM @schema@.delete_queue(q.name, true, false) FROM @schema@.queue q
         WHERE q.expires IS NOT NULL AND greatest(q.used_at, pg_postmaster_start_time()) + q.expires <= now_
           AND NOT EXISTS (SELECT FROM @schema@.subscription s WHERE s.queue = q.name);

@@ -15,6 +15,7 @@ import threading
 from contextlib import suppress
 from typing import Any, Final
 
+from celery.concurrency import solo
 from celery.signals import worker_shutting_down
 from celery.worker import state as worker_state
 
@@ -62,9 +63,10 @@ class StopBound:
             self._say("%d tasks still run %g seconds after the worker was told to stop: they are stopped")
         else:
             self._say("told to stop a second time: %d tasks are stopped")
-        if state.should_terminate is None or state.should_terminate is False:
-            os.kill(self._pid, signal.SIGQUIT)
-        threading.Event().wait(COLD)
+        if not isinstance(self._worker.pool, solo.TaskPool):  # there Celery's handler would fail inside of the body
+            if state.should_terminate is None or state.should_terminate is False:
+                os.kill(self._pid, signal.SIGQUIT)
+            threading.Event().wait(COLD)
         self._end()
 
     def _say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What ends workers, and what happens to servers: poison, suspension, failover, partitions, no room, clocks, backups."""
+"""What ends workers and happens to servers: poison, suspension, failover, partitions, no room, clocks, backups."""
 
 from __future__ import annotations
 
@@ -99,10 +99,7 @@ def test_what_kills_each_worker_that_it_meets_is_buried_and_what_was_with_it_is_
         pass_time(0.1)
 
     assert rig.messages() == []
-    ((label, deliveries, reason, tenant),) = rig.query(
-        "SELECT task_id, deliveries, reason, tenant FROM rhesis_tasks.dead_letter"
-    )
-    print(reason)
+    ((label, reason, tenant),) = rig.query("SELECT task_id, reason, tenant FROM rhesis_tasks.dead_letter")
     assert (label, tenant) == ("poison", "acme")
     assert reason.startswith("it was delivered 4 times in vain; last, ")
     assert ("was lost" if pool == "threads" else "its worker gave it back") in reason
@@ -258,6 +255,16 @@ def small_disk(server: PostgresServer) -> Iterator[Path]:
         folder.rmdir()
 
 
+def fill(rig: Rig) -> None:
+    for number in range(1000):
+        rig.app.send_task("run", [f"big-{number}", "x" * 5000], task_id=f"big-{number}", retry=False, countdown=HOUR)
+
+
+def fill_with_messages(queue: MessageQueue) -> None:
+    for _ in range(1000):
+        queue.publish("", "celery", "{}", b"x" * 5000)
+
+
 def test_a_full_disk_is_said_to_be_full_and_workers_go_on_when_there_is_room(
     rig: Rig, server: PostgresServer, small_disk: Path
 ) -> None:
@@ -274,15 +281,11 @@ def test_a_full_disk_is_said_to_be_full_and_workers_go_on_when_there_is_room(
         rig.publish(*sent[:25], gate="gate")
         ballast.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
 
-        with pytest.raises(OperationalError, match="has no room.*No space left on device.*Make room") as caught:
-            for number in range(1000):
-                rig.app.send_task(
-                    "run", [f"big-{number}", "x" * 5000], task_id=f"big-{number}", retry=False, countdown=HOUR
-                )
+        with pytest.raises(OperationalError, match=r"has no room.*No space left on device.*Make room") as caught:
+            fill(rig)
         assert isinstance(caught.value.__cause__, DatabaseFullError)
-        with Connection_(rig) as queue, pytest.raises(DatabaseFullError):
-            for _ in range(1000):
-                queue.publish("", "celery", "{}", b"x" * 5000)
+        with queue_of(rig) as queue, pytest.raises(DatabaseFullError):
+            fill_with_messages(queue)
         pass_time(3 * GRACE)
         ballast.unlink()
         rig.query("DELETE FROM rhesis_tasks.message WHERE due_at IS NOT NULL OR task_id IS NULL")
@@ -301,7 +304,7 @@ def test_a_full_disk_is_said_to_be_full_and_workers_go_on_when_there_is_room(
 
 
 @contextlib.contextmanager
-def Connection_(rig: Rig) -> Iterator[MessageQueue]:
+def queue_of(rig: Rig) -> Iterator[MessageQueue]:
     connection = Connection(database_url(rig.url), name="test")
     yield MessageQueue(connection, "rhesis_tasks")
     connection.close()
@@ -318,7 +321,7 @@ def test_too_many_connections_are_said_to_be_too_many_and_workers_start_and_go_o
             with contextlib.suppress(psycopg.OperationalError):
                 for _ in range(12):
                     stack.enter_context(psycopg.connect(rig.url))
-            with Connection_(rig) as queue, pytest.raises(DatabaseFullError, match="Raise max_connections"):
+            with queue_of(rig) as queue, pytest.raises(DatabaseFullError, match="Raise max_connections"):
                 queue.queue_exists("celery")
             started: list[object] = []
             starting = threading.Thread(target=lambda: started.append(rig.worker("threads", grace=LONG)), daemon=True)
@@ -415,7 +418,7 @@ def test_a_countdown_of_a_publisher_whose_clock_is_wrong_is_as_long_as_it_says(
 def test_a_restored_backup_gives_what_was_claimed_to_others_and_numbers_go_on(
     rig: Rig, server: PostgresServer, tmp_path: Path
 ) -> None:
-    with Connection_(rig) as queue:
+    with queue_of(rig) as queue:
         queue.declare_queue("celery")
         for number in range(4):
             queue.publish("", "celery", "{}", b"old", task_id=f"old-{number}")

@@ -100,8 +100,8 @@ def test_each_tick_runs_once_for_each_tenant_though_two_beats_publish_it_and_one
         with scene.beat("two") as again:  # with what it knew
             before = scene.count("often", "initech")
             wait_until("ticks by one that is started anew", lambda: scene.count("often", "initech") > before, PATIENCE)
+            worker.wait_for('relation "nowhere" does not exist', PATIENCE)
             assert again.running
-        worker.wait_for('relation "nowhere" does not exist', PATIENCE)
 
     runs = scene.runs("often")
     assert len({task_id for _, _, task_id in runs}) == len(runs)

@@ -58,6 +58,7 @@ def tenant_database(database: TenantDatabase) -> Iterator[TenantDatabase]:
     wait_until("all connections to end", lambda: sessions(database) == 0, TIMEOUT)
     database.execute(
         "DELETE FROM rhesis_tasks.message",
+        "DELETE FROM rhesis_tasks.dead_letter",
         "DELETE FROM rhesis_tasks.queue",
         "DELETE FROM rhesis_tasks.exchange WHERE name NOT LIKE 'amq.%'",
     )

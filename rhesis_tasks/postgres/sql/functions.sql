@@ -688,7 +688,7 @@ DROP FUNCTION IF EXISTS @schema@.tend(integer, double precision);
 CREATE OR REPLACE FUNCTION @schema@.tend(consumer_id integer, grace double precision, sweeps boolean DEFAULT true)
 RETURNS TABLE (known boolean, locked boolean, again_in double precision, promotes boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 DECLARE
     class   integer := @schema@.lock_class();
     me      @schema@.consumer;

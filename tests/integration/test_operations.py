@@ -595,6 +595,10 @@ def test_offboarding_leaves_nothing_of_a_tenant_but_the_audit(
     foreign = launch(tasks.add, 1, 2, context=globex, queue=f"{queue}-other")
     with tenant_scope(acme):
         app.GroupResult(f"group-{queue}", [app.AsyncResult(running)]).save()
+    database.execute(
+        f"INSERT INTO rhesis_tasks.schedule_run (schedule, organization_id, due_at) "
+        f"VALUES ('nightly', '{acme.organization_id}', now())"
+    )
 
     with pytest.raises(ConfigurationError, match="has 1 running task; nothing was changed"):
         operations.offboard(app, acme.organization_id, operator="olga", dry_run=False)
@@ -607,7 +611,7 @@ def test_offboarding_leaves_nothing_of_a_tenant_but_the_audit(
     assert done.counts["groups"] == 1
     assert not operations.messages(app, of(acme))
     with database.owner.connect() as connection:
-        for table in ("task_record", "group_record", "chord_part"):
+        for table in ("task_record", "group_record", "chord_part", "schedule_run"):
             statement = text(f"SELECT count(*) FROM rhesis_tasks.{table} WHERE organization_id = :id")
             assert connection.scalar(statement, {"id": acme.organization_id}) == 0, table
     assert state(app, globex, foreign) is State.QUEUED

@@ -297,6 +297,7 @@ BEGIN
         DELETE FROM @schema@.chord_part p USING gone
         WHERE p.organization_id = its_organization AND p.group_id = gone.group_id)
     SELECT count(*) INTO groups FROM gone;
+    PERFORM @schema@.schedule_forget(its_organization);
     RETURN NEXT;
 END
 $$;

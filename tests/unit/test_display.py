@@ -13,7 +13,7 @@ import pytest
 from rhesis_tasks.display import as_json, audit_line, count_table, message_lines, operation_lines
 from rhesis_tasks.operations import AuditRecord, MessageCount, MessageFilter, MessageInfo, MessageState, Operation
 
-NOW = datetime.datetime.now(datetime.UTC)
+TWO_HOURS_AGO = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=125)
 UUID = "0d7c1e2a-5a0e-4a53-9f3b-2f0a3f1c9a77"
 WAITING = MessageInfo(
     id=1,
@@ -27,7 +27,7 @@ WAITING = MessageInfo(
     task_name="shop.add",
     worker=None,
     reason=None,
-    published_at=NOW,
+    published_at=TWO_HOURS_AGO,
     due_at=None,
     expires_at=None,
     claimed_at=None,
@@ -58,7 +58,7 @@ def test_a_message_fits_80_columns_though_its_ids_are_long() -> None:
     lines = list(message_lines(message(state=MessageState.RUNNING, worker="celery@host:123", deliveries=2)))
 
     assert lines == [
-        f"running     0s  {UUID}  celery",
+        f"running     2h  {UUID}  celery",
         "                shop.add",
         f"                organization {UUID}, user ann",
         "                by celery@host:123; delivered 2 times",
@@ -69,7 +69,7 @@ def test_a_message_fits_80_columns_though_its_ids_are_long() -> None:
 def test_a_message_that_is_no_tasks_is_shown_too() -> None:
     lines = list(message_lines(message(organization_id=None, user_id=None, task_id=None, task_name=None)))
 
-    assert [line.split() for line in lines] == [["waiting", "0s", "-", "celery"], ["-"], ["no", "organization"]]
+    assert [line.split() for line in lines] == [["waiting", "2h", "-", "celery"], ["-"], ["no", "organization"]]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_an_age_is_in_one_unit(seconds: int, age: str) -> None:
 
 def test_counts_are_a_table() -> None:
     counts = [
-        MessageCount("celery", MessageState.WAITING, 1_000_000, NOW),
-        MessageCount(None, MessageState.DEAD, 1, NOW),
+        MessageCount("celery", MessageState.WAITING, 1_000_000, TWO_HOURS_AGO),
+        MessageCount(None, MessageState.DEAD, 1, TWO_HOURS_AGO),
     ]
 
     assert list(count_table(counts, "queue")) == [
         "state      messages  oldest  queue",
-        "waiting   1,000,000      0s  celery",
-        "dead              1      0s  -",
+        "waiting   1,000,000      2h  celery",
+        "dead              1      2h  -",
     ]
 
 

@@ -26,7 +26,7 @@ from rhesis_tasks import TenantContext, tenant_scope, unconfigure
 from rhesis_tasks.errors import DatabaseFullError
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.queue import MessageQueue
-from rhesis_tasks.processes import wait_until
+from rhesis_tasks.processes import python, wait_until
 from rhesis_tasks.settings import database_url, rendered
 
 GRACE = 2.0
@@ -404,7 +404,7 @@ def test_a_countdown_of_a_publisher_whose_clock_is_wrong_is_as_long_as_it_says(
         broker_tasks.RUNS: str(rig.runs.path),
     }
     subprocess.run(
-        [os.sys.executable, "-c", PUBLISH],  # type: ignore[attr-defined]
+        python("-c", PUBLISH),
         env=environment, cwd=Path(__file__).parent, check=True,
     )  # fmt: skip
     ((waits,),) = rig.query("SELECT extract(epoch FROM not_before - published_at)::float FROM rhesis_tasks.message")

@@ -19,13 +19,15 @@ def _write(line: str) -> None:
     os.close(file)
 
 
-@app.task(base=BaseTask, bind=True)
+@app.task(base=BaseTask, bind=True, shared=False)
 def note(self: BaseTask, label: str) -> None:
     """Writes down whose it is, when it ran, and its ETA."""
     _write(f"{label} {require_tenant().organization_id} {time.time()} {self.request.eta}")
 
 
-@app.task(base=BaseTask, bind=True, retry_policy=RetryPolicy(1, backoff="constant", base=3.0, jitter="none"))
+@app.task(
+    base=BaseTask, bind=True, retry_policy=RetryPolicy(1, backoff="constant", base=3.0, jitter="none"), shared=False
+)
 def fail_once(self: BaseTask, label: str) -> None:
     """Fails the first time, and is tried again after three seconds."""
     _write(f"{label} {require_tenant().organization_id} {time.time()} {self.request.retries}")

@@ -34,8 +34,11 @@ def application(url: str, options: dict[str, Any] | None = None, *, main: str = 
     return made
 
 
-app = application(
-    os.environ.get(URL, "postgresql://nobody@localhost/nowhere"), json.loads(os.environ.get(OPTIONS, "{}"))
+# The workers'.  Those who publish have their own, and this one is configured for nothing there.
+app = (
+    application(os.environ[URL], json.loads(os.environ[OPTIONS]))
+    if URL in os.environ
+    else Celery("fault_tasks", set_as_current=False)
 )
 
 
@@ -60,7 +63,7 @@ def runs_in(runs: Runs) -> dict[str, list[Run]]:
     return {label: sorted(each.values(), key=lambda run: run.began) for label, each in found.items()}
 
 
-@app.task(base=BaseTask, name="work")
+@app.task(base=BaseTask, name="work", shared=False)
 def work(label: str, seconds: float = 0.0) -> None:
     """Last for so many seconds."""
     runs = Runs.at(os.environ[RUNS])
@@ -70,7 +73,7 @@ def work(label: str, seconds: float = 0.0) -> None:
     runs.write("end", f"{began} {time.monotonic():.6f}")
 
 
-@app.task(base=BaseTask, name="poison")
+@app.task(base=BaseTask, name="poison", shared=False)
 def poison(label: str) -> None:
     """Kill the process that runs it: with threads the worker, with prefork a pool process."""
     Runs.at(os.environ[RUNS]).write("begin", f"{label} {os.getpid()} {time.monotonic():.6f}")

@@ -8,6 +8,7 @@ last run has not ended is skipped.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -221,10 +222,13 @@ def latest_tick(schedule: Any, at: datetime) -> datetime:
     if period is not None:
         return _EPOCH + (at - _EPOCH) // period * period
     this_minute = at.replace(second=0, microsecond=0)
+    timetable = copy.copy(schedule)
 
     def due_since(minutes: int) -> datetime | None:
         """The first time that it was due after so many minutes ago, if that is past."""
-        since, delta, _ = schedule.remaining_delta(this_minute - minutes * _MINUTE)
+        begin = (this_minute - minutes * _MINUTE).astimezone(timetable.tz)  # Celery 5.6 does not convert it
+        timetable.nowfun = lambda: begin  # and knows the hours of today only
+        since, delta, _ = timetable.remaining_delta(begin)
         due: datetime = (since + delta).astimezone(UTC)
         return due if due <= this_minute else None
 

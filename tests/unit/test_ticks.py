@@ -67,6 +67,7 @@ def test_the_tick_of_a_crontab_is_when_it_was_due_however_late_it_is(
     assert latest_tick(crontab(app=app, **cron), at(now)) == at(tick)
 
 
+@pytest.mark.newest_only  # Celery 5.6 knows the hours of today only, so that it cannot be asked about the past
 @pytest.mark.parametrize("cron", [{"minute": "*/7"}, {"hour": "2,14", "minute": "5,50"}, {"day_of_week": 0}])
 def test_ticks_of_a_crontab_are_those_at_which_celery_would_run_it(app: Celery, cron: dict[str, Any]) -> None:
     timetable = crontab(app=app, **({"minute": 0, "hour": 0} | cron if "day_of_week" in cron else cron))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from .engines import READ_ONLY, run, shared_engine, unavailable
 from .schema import ensure_schema
 
 __all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost", "launch_values"]
+
+_log = logging.getLogger(__name__)
 
 ATTEMPTS: Final = 4
 """How often a statement is tried on a connection that may be lost."""
@@ -310,6 +313,17 @@ class RecordTable:
             statement = self._statement("chord_complete", values, what="* FROM ")
             rows = connection.exec_driver_sql(statement, values)
             yield [ChordPart(**row) for row in rows.mappings()]
+
+    def call_who_waits(self, organization_id: str, task_id: str) -> None:
+        """Let those who wait for a task look again: it has come to be on record.
+
+        What goes wrong is only logged: they look again by themselves after a while.
+        """
+        key = f"{self._prefix}result_key(%s, %s)"
+        try:
+            self._run(f"SELECT pg_notify({self._prefix}result_channel(), {key})", (organization_id, task_id), 1)
+        except Exception as error:
+            _log.debug("who waits for task %s was not called: %s", task_id, error)
 
     # --- how ---------------------------------------------------------------------------------------------------
 

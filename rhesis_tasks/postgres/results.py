@@ -472,10 +472,11 @@ class PostgresBackend(DatabaseBackend):
                     row = None
                 if row is not None and State(row["state"]) in TERMINAL:
                     return self._meta(task_id, row)
-                # Nothing is said of a task that has no record yet, such as the next ones of a chain.
+                # Nothing is said of the end of a task that has no record yet, such as the next ones of a chain.  Of a
+                # chord's body it is said that it has one.
                 is_told = hears and row is not None and row["wanted_until"] is not None
                 ask_at = time.monotonic() + (WANTED_FOR / 2 if is_told else interval)
-                is_wanted = _heard(has_ended, ask_at, deadline, interval, on_interval)
+                is_wanted = _heard(has_ended, ask_at, deadline, interval, on_interval) and is_told
 
     @functools.cached_property
     def _channel(self) -> str:
@@ -550,19 +551,24 @@ class PostgresBackend(DatabaseBackend):
         with self.records.completing_chord(_organization(owner), group_id) as parts, exactly(owner):
             if not parts:
                 return
-            try:
-                results = self._results_of_chord(group_id, parts)
-            except ChordError as error:
-                _log.error("chord %s: %s", group_id, error)
-                self._fail_chord(body, error)
-                return
-            try:
-                body.delay(results)
-            except OperationalError:
-                raise  # the broker's, which is waited for
-            except Exception as error:
-                _log.exception("chord %s: its body cannot be launched", group_id)
-                self._fail_chord(body, ChordError(f"Callback error: {error!r}"))
+            self._launch_body(group_id, parts, body)
+        if body.id:  # whoever waits for it began to before it was on record
+            self.records.call_who_waits(_organization(owner), body.id)
+
+    def _launch_body(self, group_id: str, parts: Sequence[ChordPart], body: Any) -> None:
+        try:
+            results = self._results_of_chord(group_id, parts)
+        except ChordError as error:
+            _log.error("chord %s: %s", group_id, error)
+            self._fail_chord(body, error)
+            return
+        try:
+            body.delay(results)
+        except OperationalError:
+            raise  # the broker's, which is waited for
+        except Exception as error:
+            _log.exception("chord %s: its body cannot be launched", group_id)
+            self._fail_chord(body, ChordError(f"Callback error: {error!r}"))
 
     def _fail_chord(self, body: Any, error: ChordError) -> None:
         """The body fails without having run; so does a chord that it is a part of."""

@@ -108,6 +108,19 @@ def failed_part(error: ChordError) -> str:
     return str(error).split()[1]
 
 
+# --- waiting for it -----------------------------------------------------------------------------------------------
+
+
+@ON_PREFORK
+@pytest.mark.timeout(60)
+def test_who_waits_for_a_body_that_is_not_on_record_yet_is_told_and_does_not_look_for_it(rig: Rig) -> None:
+    with tenant_scope(A):
+        result = chord([rig.tasks.echo.s(1), rig.tasks.echo.s(2).set(countdown=1)], rig.tasks.total.s()).apply_async()
+
+        # It looks by itself after an hour.
+        assert result.get(timeout=3600, interval=3600) == [1, 2]
+
+
 # --- what a body gets --------------------------------------------------------------------------------------------
 
 

@@ -270,7 +270,8 @@ class Consumer:
     def _give_up(self, delivery: Delivery) -> None:
         """Bury a message that was delivered too often, after those who want to know were told."""
         message = delivery.message
-        reason = f"it was delivered {message.deliveries - 1} times in vain"
+        times = message.deliveries - 1
+        reason = f"it was delivered {times} {'time' if times == 1 else 'times'} in vain"
         if message.last_reason:
             reason = f"{reason}; last, {message.last_reason}"
         try:

@@ -514,3 +514,24 @@ def running_rig(server: PostgresServer, folder: Path) -> Iterator[Rig]:
         finally:
             if not server.running:
                 server.start()
+
+
+# --- as fixtures: a server for each file, a new database for each test ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def rig(server: PostgresServer, tmp_path: Path) -> Iterator[Rig]:
+    with running_rig(server, tmp_path) as rig:
+        yield rig
+
+
+@pytest.fixture
+def proxy(server: PostgresServer, rig: Rig) -> Iterator[TcpProxy]:
+    with running_proxy(server.port) as proxy:
+        yield proxy

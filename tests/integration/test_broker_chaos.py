@@ -17,7 +17,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from broker_rig import PostgresServer, Rig, TcpProxy, kill, running_proxy, running_rig, running_server
+from broker_rig import (  # noqa: F401  # fixtures
+    PostgresServer,
+    Rig,
+    TcpProxy,
+    kill,
+    proxy,
+    rig,
+    running_proxy,
+    running_rig,
+    running_server,
+    server,
+)
 from fault_tasks import Run, application, runs_in
 
 from rhesis_tasks import TenantContext, tenant_scope, unconfigure
@@ -28,24 +39,6 @@ SEED = int(os.environ.get("RHESIS_TASKS_CHAOS_SEED", str(time.time_ns() % 1_000_
 TENANTS = [TenantContext("acme", "alice"), TenantContext("globex", "bob")]
 MAX_DELIVERIES = 5
 POOLS = ["threads", "prefork", "threads", "prefork"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def rig(server: PostgresServer, tmp_path: Path) -> Iterator[Rig]:
-    with running_rig(server, tmp_path) as rig:
-        yield rig
-
-
-@pytest.fixture
-def proxy(server: PostgresServer, rig: Rig) -> Iterator[TcpProxy]:
-    with running_proxy(server.port) as proxy:
-        yield proxy
 
 
 class Chaos:

@@ -17,7 +17,18 @@ from pathlib import Path
 import broker_tasks
 import psycopg
 import pytest
-from broker_rig import PostgresServer, Rig, TcpProxy, as_other_user, running_proxy, running_rig, running_server
+from broker_rig import (  # noqa: F401  # fixtures
+    PostgresServer,
+    Rig,
+    TcpProxy,
+    as_other_user,
+    proxy,
+    rig,
+    running_proxy,
+    running_rig,
+    running_server,
+    server,
+)
 from celery import Celery
 from fault_tasks import application, runs_in
 from kombu.exceptions import OperationalError
@@ -35,24 +46,6 @@ ACME = TenantContext("acme", "alice")
 HOUR = 3600.0
 
 pytestmark = [pytest.mark.newest_only, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def rig(server: PostgresServer, tmp_path: Path) -> Iterator[Rig]:
-    with running_rig(server, tmp_path) as rig:
-        yield rig
-
-
-@pytest.fixture
-def proxy(server: PostgresServer, rig: Rig) -> Iterator[TcpProxy]:
-    with running_proxy(server.port) as proxy:
-        yield proxy
 
 
 @pytest.fixture

@@ -20,7 +20,19 @@ from pathlib import Path
 import broker_tasks
 import celery
 import pytest
-from broker_rig import Held, PostgresServer, Rig, TcpProxy, kill, running_proxy, running_rig, running_server
+from broker_rig import (  # noqa: F401  # fixtures
+    Held,
+    PostgresServer,
+    Rig,
+    TcpProxy,
+    kill,
+    proxy,
+    rig,
+    running_proxy,
+    running_rig,
+    running_server,
+    server,
+)
 
 from rhesis_tasks.errors import DatabaseUnavailableError
 from rhesis_tasks.postgres.connection import Connection
@@ -32,24 +44,6 @@ from rhesis_tasks.settings import database_url
 SCALE = int(os.environ.get("RHESIS_TASKS_TEST_SCALE", "1"))
 GRACE = 2.0  # where a test has to wait for it
 LONG = 60.0  # a grace period that no test waits for
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def rig(server: PostgresServer, tmp_path: Path) -> Iterator[Rig]:
-    with running_rig(server, tmp_path) as rig:
-        yield rig
-
-
-@pytest.fixture
-def proxy(server: PostgresServer, rig: Rig) -> Iterator[TcpProxy]:
-    with running_proxy(server.port) as proxy:
-        yield proxy
 
 
 def labels(name: str, number: int) -> list[str]:

@@ -282,6 +282,15 @@ def test_a_consumer_buries_what_was_delivered_too_often_and_goes_on(
     assert sql("SELECT body, reason FROM rhesis_tasks.dead_letter") == [(b"suspect", reason)]
 
 
+def test_a_limit_of_one_delivery_is_one(queue: MessageQueue, worker: StartWorker) -> None:
+    make_suspect(queue, "a", deliveries=1)
+    one = worker({"channel": 10}, max_deliveries=1)
+    one.consume("a")
+
+    assert one.next(timeout=0.5) is None
+    assert one.dead == [(b"suspect", "it was delivered 1 time in vain; last, it was too much")]
+
+
 def test_a_message_is_buried_though_nobody_can_be_told(queue: MessageQueue, worker: StartWorker, sql: Sql) -> None:
     make_suspect(queue, "a", deliveries=3)
     one = worker({"channel": 10}, max_deliveries=3)

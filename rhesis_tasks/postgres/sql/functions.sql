@@ -452,37 +452,22 @@ BEGIN
     FOREACH from_queue IN ARRAY claim_from LOOP
         EXIT WHEN slots <= 0;
         number := number + 1;
-        IF from_ids[number] IS NULL THEN
-            RETURN QUERY
-            WITH ready AS (
-                SELECT m.id, row_number() OVER () AS rank
-                FROM (SELECT w.id FROM @schema@.message w
-                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
-                        AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
-                      ORDER BY -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
-            UPDATE @schema@.message m
-            SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
-                deliveries = m.deliveries + 1
-            FROM ready WHERE m.id = ready.id
-            RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
-                      -m.priority, m.start, m.not_before <= clock_timestamp(), NULL::text;
-        ELSE
-            RETURN QUERY
-            WITH ready AS (
-                SELECT m.id, row_number() OVER () AS rank
-                FROM (SELECT w.id FROM @schema@.message w
-                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
-                        AND (-w.priority, w.start, w.id)
-                            >= (from_priorities[number], from_starts[number], from_ids[number])
-                        AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
-                      ORDER BY -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
-            UPDATE @schema@.message m
-            SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
-                deliveries = m.deliveries + 1
-            FROM ready WHERE m.id = ready.id
-            RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
-                      -m.priority, m.start, m.not_before <= clock_timestamp(), NULL::text;
-        END IF;
+        RETURN QUERY
+        WITH ready AS (
+            SELECT m.id, row_number() OVER () AS rank
+            FROM (SELECT w.id FROM @schema@.message w
+                  WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
+                    AND (-w.priority, w.start, w.id) >= (coalesce(from_priorities[number], -32767::smallint),
+                                                         coalesce(from_starts[number], '-infinity'),
+                                                         coalesce(from_ids[number], 0))
+                    AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+                  ORDER BY -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED) m)
+        UPDATE @schema@.message m
+        SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
+            deliveries = m.deliveries + 1
+        FROM ready WHERE m.id = ready.id
+        RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
+                  -m.priority, m.start, m.not_before <= clock_timestamp(), m.last_reason;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         slots := slots - found_rows;
         claimed := claimed + found_rows;

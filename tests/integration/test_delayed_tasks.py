@@ -142,6 +142,18 @@ def test_a_time_that_is_far_off_is_no_error(rig: Rig, worker: Child) -> None:
     assert messages_of(rig, task_id) == 1
 
 
+def test_a_task_that_has_expired_before_any_worker_was_there_is_recorded_so(rig: Rig) -> None:
+    task_id = rig.launch("note", "nobody-there", expires=0.5)
+    expired_at = time.time() + 0.5
+    wait_until("it to have expired", lambda: time.time() > expired_at, TIMEOUT)
+
+    with rig.worker():
+        rig.wait_for_state(task_id, "expired")
+        wait_until("its message to go", lambda: messages_of(rig, task_id) == 0, TIMEOUT)
+
+    assert rig.runs("nobody-there") == []
+
+
 def test_delays_outlive_the_workers_and_are_waited_for_without_any(rig: Rig) -> None:
     with rig.worker() as first:
         began = time.time()

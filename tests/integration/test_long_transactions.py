@@ -113,6 +113,21 @@ def test_a_claim_from_where_the_consumer_was_costs_the_same_all_through_a_long_t
 
 
 @pytest.mark.usefixtures("long_transaction")
+def test_statistics_of_tables_full_of_what_is_gone_do_not_let_a_claim_walk_it(load: Load) -> None:
+    """As empty as they seem then, one plan looks as good as another."""
+    for _ in range(3 * TURNS):
+        load.turn()
+    for table in ("message", "transient_message"):
+        load.database.execute(f"ANALYZE rhesis_tasks.{table}")
+    for _ in range(BATCH):
+        load.queue.publish("", "tasks", "{}", b"x" * 900)
+
+    read = load.pages("claim", load.consumer, [], [], ["tasks"], BATCH, [], 0, True, 5, 30.0, *at(load.place))
+
+    assert read < TURNS * BATCH
+
+
+@pytest.mark.usefixtures("long_transaction")
 def test_publishing_passes_only_those_who_waited_a_moment_ago(load: Load) -> None:
     """Each task that arrives at idle workers leaves a waiter behind that is gone."""
 

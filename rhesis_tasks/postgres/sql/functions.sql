@@ -343,6 +343,8 @@ $$;
 -- Index: message_next and message_suspect for each queue; the primary key for acknowledgements.  Planned for a table
 -- that is sometimes empty and sometimes huge, whatever its statistics say; and once in a session, since planning costs
 -- more than the rest: left to itself, PostgreSQL would plan each claim anew, for its numbers of rows.
+-- What is locked is found again by where it is: by its id, PostgreSQL would walk all of an index whose table was empty when
+-- it was analyzed, for each of them.
 CREATE OR REPLACE FUNCTION @schema@.claim(
     consumer_id integer, acked bigint[], tokens bigint[], claim_from text[], slots integer, take_from text[],
     take_slots integer, has_none boolean, max_deliveries integer, patience double precision,
@@ -373,13 +375,13 @@ BEGIN
         EXIT WHEN take_slots <= 0;
         RETURN QUERY
         WITH ready AS (
-            SELECT m.id, row_number() OVER () AS rank
-            FROM (SELECT w.id FROM @schema@.message w
+            SELECT m.row_at, m.of_table, row_number() OVER () AS rank
+            FROM (SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
                   WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
                     AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
                   ORDER BY -w.priority, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED) m)
         DELETE FROM @schema@.message m USING ready
-        WHERE m.id = ready.id
+        WHERE m.ctid = ready.row_at AND m.tableoid = ready.of_table
         RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, ready.rank, m.envelope::text, m.body,
                   NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
@@ -387,12 +389,12 @@ BEGIN
         IF take_slots > 0 THEN
             RETURN QUERY
             WITH suspect AS (
-                SELECT w.id FROM @schema@.message w
+                SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
                 WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
                   AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
                 ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED)
             DELETE FROM @schema@.message m USING suspect
-            WHERE m.id = suspect.id
+            WHERE m.ctid = suspect.row_at AND m.tableoid = suspect.of_table
             RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, 1000000 + m.id, m.envelope::text, m.body,
                       NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
             GET DIAGNOSTICS found_rows = ROW_COUNT;
@@ -410,14 +412,14 @@ BEGIN
         END IF;
         RETURN QUERY
         WITH spent AS (
-            SELECT w.id FROM @schema@.message w
+            SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
             WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
               AND w.deliveries >= max_deliveries
             ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT slots FOR UPDATE SKIP LOCKED)
         UPDATE @schema@.message m
         SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
             deliveries = m.deliveries + 1
-        FROM spent WHERE m.id = spent.id
+        FROM spent WHERE m.ctid = spent.row_at AND m.tableoid = spent.of_table
         RETURNING m.id, m.queue, m.claim_token, m.deliveries, 0::bigint, m.envelope::text, m.body,
                   NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), m.last_reason;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
@@ -428,14 +430,14 @@ BEGIN
         IF has_none THEN
             RETURN QUERY
             WITH suspect AS (
-                SELECT w.id FROM @schema@.message w
+                SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
                 WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
                   AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
                 ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT 1 FOR UPDATE SKIP LOCKED)
             UPDATE @schema@.message m
             SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
                 deliveries = m.deliveries + 1
-            FROM suspect WHERE m.id = suspect.id
+            FROM suspect WHERE m.ctid = suspect.row_at AND m.tableoid = suspect.of_table
             RETURNING m.id, m.queue, m.claim_token, m.deliveries, 0::bigint, m.envelope::text, m.body,
                       NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
             GET DIAGNOSTICS found_rows = ROW_COUNT;
@@ -454,8 +456,8 @@ BEGIN
         number := number + 1;
         RETURN QUERY
         WITH ready AS (
-            SELECT m.id, row_number() OVER () AS rank
-            FROM (SELECT w.id FROM @schema@.message w
+            SELECT m.row_at, m.of_table, row_number() OVER () AS rank
+            FROM (SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
                   WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
                     AND (-w.priority, w.start, w.id) >= (coalesce(from_priorities[number], -32767::smallint),
                                                          coalesce(from_starts[number], '-infinity'),
@@ -465,7 +467,7 @@ BEGIN
         UPDATE @schema@.message m
         SET claim_token = nextval('@schema@.claim_token'), holder = consumer_id, claimed_at = clock_timestamp(),
             deliveries = m.deliveries + 1
-        FROM ready WHERE m.id = ready.id
+        FROM ready WHERE m.ctid = ready.row_at AND m.tableoid = ready.of_table
         RETURNING m.id, m.queue, m.claim_token, m.deliveries, ready.rank, m.envelope::text, m.body,
                   -m.priority, m.start, m.not_before <= clock_timestamp(), m.last_reason;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
@@ -789,9 +791,12 @@ BEGIN
     IF next_ <= clock_timestamp() THEN
         FOR in_queue, promoted IN
             WITH due AS (
-                SELECT m.id FROM @schema@.message m WHERE m.due_at <= clock_timestamp()
+                SELECT m.ctid AS row_at, m.tableoid AS of_table FROM @schema@.message m
+                WHERE m.due_at <= clock_timestamp()
                 ORDER BY m.due_at LIMIT most FOR UPDATE SKIP LOCKED),
-            moved AS (UPDATE @schema@.message m SET due_at = NULL FROM due WHERE m.id = due.id RETURNING m.queue)
+            moved AS (
+                UPDATE @schema@.message m SET due_at = NULL FROM due
+                WHERE m.ctid = due.row_at AND m.tableoid = due.of_table RETURNING m.queue)
             SELECT moved.queue, count(*) FROM moved GROUP BY moved.queue
         LOOP
             WHILE promoted > 0

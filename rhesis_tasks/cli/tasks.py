@@ -24,6 +24,13 @@ _organization = click.option(
 _any_organization = click.option("--organization", help="The tenant whose task it is; by default whoever's.")
 _user = click.option("--user", help="Who is acting, for the records.")
 _task_id = click.argument("task_id", required=False)
+_unended = click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(["waiting", "delayed", "running"]),
+    help="Only those; repeatable.",
+)
 _all = click.option("--all", "everything", is_flag=True, help="Mean all of them, of all tenants and queues.")
 
 
@@ -278,7 +285,7 @@ def replay_command(
 @_task_id
 @app_option
 @filters
-@click.option("--state", "states", multiple=True, type=click.Choice(["waiting", "delayed", "running"]))
+@_unended
 @_all
 @operating
 def revoke_command(**arguments: Any) -> None:
@@ -292,7 +299,7 @@ def revoke_command(**arguments: Any) -> None:
 @_task_id
 @app_option
 @filters
-@click.option("--state", "states", multiple=True, type=click.Choice(["waiting", "delayed", "running"]))
+@_unended
 @_all
 @operating
 def terminate_command(**arguments: Any) -> None:

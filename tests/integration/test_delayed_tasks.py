@@ -82,6 +82,53 @@ def rig(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield Rig(tasks, database, tmp_path_factory.mktemp("delayed") / "runs")
 
 
+# First those that bring their own workers: the ones of the fixture stay until the file ends.
+
+
+def test_a_task_that_has_expired_before_any_worker_was_there_is_recorded_so(rig: Rig) -> None:
+    task_id = rig.launch("note", "nobody-there", expires=0.5)
+    expired_at = time.time() + 0.5
+    wait_until("it to have expired", lambda: time.time() > expired_at, TIMEOUT)
+
+    with rig.worker():
+        rig.wait_for_state(task_id, "expired")
+        wait_until("its message to go", lambda: messages_of(rig, task_id) == 0, TIMEOUT)
+
+    assert rig.runs("nobody-there") == []
+
+
+def test_delays_outlive_the_workers_and_are_waited_for_without_any(rig: Rig) -> None:
+    with rig.worker() as first:
+        began = time.time()
+        task_id = rig.launch("note", "outlives", countdown=6)
+        first.process.kill()
+        first.process.wait(TIMEOUT)
+    assert rig.runs("outlives") == []
+
+    with rig.worker():
+        [run] = rig.wait_for_runs("outlives")
+
+        assert run.at - began >= 5.99
+        rig.wait_for_state(task_id, "success")
+    assert len(rig.runs("outlives")) == 1
+
+
+def test_a_retry_outlives_the_worker_that_asked_for_it(rig: Rig) -> None:
+    with rig.worker() as first:
+        task_id = rig.launch("fail_once", "again")
+        rig.wait_for_state(task_id, "retry")
+        wait_until("its first message to go", lambda: messages_of(rig, task_id) == 1, TIMEOUT)
+        first.process.kill()
+        first.process.wait(TIMEOUT)
+    with rig.worker():
+        rig.wait_for_state(task_id, "success")
+
+    first_run, second_run = rig.runs("again")
+    assert (first_run.rest, second_run.rest) == ("0", "1")
+    assert second_run.at - first_run.at >= 2.99
+    assert second_run.organization == "acme"
+
+
 @pytest.fixture(scope="module", params=["prefork", "threads"])
 def worker(request: pytest.FixtureRequest, rig: Rig) -> Iterator[Child]:
     with rig.worker(request.param) as worker:
@@ -140,50 +187,6 @@ def test_a_time_that_is_far_off_is_no_error(rig: Rig, worker: Child) -> None:
 
     assert rig.record(task_id).state == "delayed"
     assert messages_of(rig, task_id) == 1
-
-
-def test_a_task_that_has_expired_before_any_worker_was_there_is_recorded_so(rig: Rig) -> None:
-    task_id = rig.launch("note", "nobody-there", expires=0.5)
-    expired_at = time.time() + 0.5
-    wait_until("it to have expired", lambda: time.time() > expired_at, TIMEOUT)
-
-    with rig.worker():
-        rig.wait_for_state(task_id, "expired")
-        wait_until("its message to go", lambda: messages_of(rig, task_id) == 0, TIMEOUT)
-
-    assert rig.runs("nobody-there") == []
-
-
-def test_delays_outlive_the_workers_and_are_waited_for_without_any(rig: Rig) -> None:
-    with rig.worker() as first:
-        began = time.time()
-        task_id = rig.launch("note", "outlives", countdown=6)
-        first.process.kill()
-        first.process.wait(TIMEOUT)
-    assert rig.runs("outlives") == []
-
-    with rig.worker():
-        [run] = rig.wait_for_runs("outlives")
-
-        assert run.at - began >= 5.99
-        rig.wait_for_state(task_id, "success")
-    assert len(rig.runs("outlives")) == 1
-
-
-def test_a_retry_outlives_the_worker_that_asked_for_it(rig: Rig) -> None:
-    with rig.worker() as first:
-        task_id = rig.launch("fail_once", "again")
-        rig.wait_for_state(task_id, "retry")
-        wait_until("its first message to go", lambda: messages_of(rig, task_id) == 1, TIMEOUT)
-        first.process.kill()
-        first.process.wait(TIMEOUT)
-    with rig.worker():
-        rig.wait_for_state(task_id, "success")
-
-    first_run, second_run = rig.runs("again")
-    assert (first_run.rest, second_run.rest) == ("0", "1")
-    assert second_run.at - first_run.at >= 2.99
-    assert second_run.organization == "acme"
 
 
 def messages_of(rig: Rig, task_id: str) -> int:

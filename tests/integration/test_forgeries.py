@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +61,6 @@ def launcher(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[tupl
         patch.setenv("SIGNING_KEY", key)
         with application(postgres_url, "signed_tasks") as (tasks, database):
             yield tasks, database.url, key, database
-        del sys.modules["signed_tasks"]  # to be configured otherwise
 
 
 @pytest.fixture(scope="module", params=["solo", "threads", "prefork"])

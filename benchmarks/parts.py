@@ -193,11 +193,14 @@ def takes_part(broker: Broker, step: str) -> bool:
     """Whether a step measures anything of a contender.
 
     pgmq's "notify" is there for its latency.  Else it is pgmq; and 16 of its publishers at once failed, or did not end
-    within two minutes, where pgmq's took seconds.
+    within two minutes, where pgmq's took seconds.  Ours without flushes and Redis with them are there to be compared
+    with the other one.
     """
     if step == "basics":
         return True
-    return (broker.is_celerys and broker.name != "pgmq-notify") or (step == "many" and not broker.has_tasks)
+    return (broker.is_celerys and broker.name not in ("pgmq-notify", "ours-unflushed", "redis-flushed")) or (
+        step == "many" and not broker.has_tasks
+    )
 
 
 def measured(

@@ -26,10 +26,12 @@ __all__ = ["NAMES", "Broker", "MissingError", "install", "started"]
 
 NAMES: Final = {
     "ours": "rhesis-tasks",
+    "ours-unflushed": "rhesis-tasks, not flushed",
     "sqla": "kombu sqla",
     "pgmq": "kombu pgmq",
     "pgmq-notify": "kombu pgmq, notify",
     "redis": "Redis",
+    "redis-flushed": "Redis, flushed",
     "rabbitmq": "RabbitMQ",
     "procrastinate": "outside Celery: procrastinate",
     "pgqueuer": "outside Celery: pgqueuer",
@@ -39,9 +41,16 @@ NAMES: Final = {
 
 _POSTGRES: Final = Path("/usr/lib/postgresql/15/bin")
 _RABBITMQ: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one in /usr/sbin insists on a user of its own
+_REDIS: Final = {"redis": ("no", "no"), "redis-flushed": ("yes", "always")}  # appendonly and appendfsync
 _OUTSIDE: Final = frozenset({"procrastinate", "pgqueuer"})
-_ON_POSTGRES: Final = frozenset({"ours", "sqla", "pgmq", "pgmq-notify", "bare"}) | _OUTSIDE
-_MODULES: Final = {"pgmq": "pgmq", "pgmq-notify": "pgmq", "redis": "redis", **{name: name for name in _OUTSIDE}}
+_ON_POSTGRES: Final = frozenset({"ours", "ours-unflushed", "sqla", "pgmq", "pgmq-notify", "bare"}) | _OUTSIDE
+_MODULES: Final = {
+    "pgmq": "pgmq",
+    "pgmq-notify": "pgmq",
+    "redis": "redis",
+    "redis-flushed": "redis",
+    **{name: name for name in _OUTSIDE},
+}
 
 
 class MissingError(Exception):
@@ -75,7 +84,7 @@ def _package(name: str) -> str | None:
     """The Debian package that a broker lacks."""
     if name in _ON_POSTGRES:
         return None if (_POSTGRES / "initdb").exists() else "postgresql-15"
-    if name == "redis":
+    if name in _REDIS:
         return None if shutil.which("redis-server") else "redis-server"
     return None if _RABBITMQ.exists() else "rabbitmq-server"
 
@@ -143,8 +152,8 @@ def started(names: Sequence[str], stack: ExitStack, folder: Path) -> Iterator[Br
             if name in _ON_POSTGRES:
                 postgres = postgres or stack.enter_context(_postgres(_own(folder / "postgres")))
                 yield postgres.broker(name)
-            elif name == "redis":
-                yield stack.enter_context(_redis(_own(folder / "redis")))
+            elif name in _REDIS:
+                yield stack.enter_context(_redis(name, _own(folder / name)))
             else:
                 yield stack.enter_context(_rabbitmq(_own(folder / "rabbitmq")))
         except Exception as error:
@@ -199,6 +208,8 @@ class _Postgres:
             return self._with_pgmq(name, database)
         if name == "bare":
             return Broker(name, self._url(database), self.version, workload="workload_bare")
+        if name == "ours-unflushed":
+            return Broker(name, f"{self._url(database)}?options=-csynchronous_commit%3Doff", self.version)
         return Broker(name, self._url(database), self.version)
 
     def _with_pgmq(self, name: str, database: str) -> Broker:
@@ -252,14 +263,16 @@ def _interrupt(server: Child) -> None:
 
 
 @contextmanager
-def _redis(folder: Path) -> Iterator[Broker]:
-    """A Redis server that saves nothing: as fast as it gets."""
+def _redis(name: str, folder: Path) -> Iterator[Broker]:
+    """A Redis server that saves nothing, as fast as it gets; or one that has on the disk what it has answered to."""
+    appends, flushes = _REDIS[name]
     port, password = free_port(), secrets.token_hex(16)
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password]
-    with child("Redis", _unprivileged(*command, "--appendonly", "no", "--save", ""), cwd=folder) as server:
+    command += ["--save", "", "--appendonly", appends, "--appendfsync", flushes]
+    with child("Redis", _unprivileged(*command), cwd=folder) as server:
         server.wait_for("Ready to accept connections")
         version = _output("redis-server", "--version").split("v=")[1].split()[0]
-        yield Broker("redis", f"redis://:{password}@127.0.0.1:{port}/0", version)
+        yield Broker(name, f"redis://:{password}@127.0.0.1:{port}/0", version)
 
 
 @contextmanager

@@ -81,12 +81,14 @@ def _kills(results: Results, settings: Settings) -> list[Sequence[str]]:
 # --- what was asked for -----------------------------------------------------------------------------------------
 
 _AT_LEAST: Final = (
-    ("publish", "Publishing, to kombu pgmq", "pgmq", 2.5),
-    ("publish", "Publishing, to kombu sqla", "sqla", 3.5),
-    ("publish", "Publishing, to Redis", "redis", 1.0),
-    ("run", "Running, to Redis", "redis", 2.0),
-    ("run", "Running, to kombu sqla", "sqla", 4.0),
-    ("run", "Running, to RabbitMQ", "rabbitmq", 0.9),
+    ("publish", "Publishing, to kombu pgmq", "ours", "pgmq", 2.5),
+    ("publish", "Publishing, to kombu sqla", "ours", "sqla", 3.5),
+    ("publish", "Publishing, to Redis", "ours", "redis", 1.0),
+    ("publish", "Publishing, both not flushed, to Redis", "ours-unflushed", "redis", 1.0),
+    ("publish", "Publishing, both flushed, to Redis", "ours", "redis-flushed", 1.0),
+    ("run", "Running, to Redis", "ours", "redis", 2.0),
+    ("run", "Running, to kombu sqla", "ours", "sqla", 4.0),
+    ("run", "Running, to RabbitMQ", "ours", "rabbitmq", 0.9),
 )
 _NOTIFY_LEAVES: Final = 0.3  # 5,300 of 18,800 a second, with pg_notify() in each commit of 32 clients
 _REDELIVERED_WITHIN: Final = 10.0  # seconds: the grace period, and 5 more
@@ -100,8 +102,8 @@ def targets(results: Results) -> list[tuple[str, str, float | None, str, bool | 
         text = f"at least {least:g}{unit}" if math.isfinite(least) else f"at most {most:g}{unit}"
         found.append((name, text, value, unit, None if value is None else least <= value <= most))
 
-    for figure, name, broker, least in _AT_LEAST:
-        add(name, results.ratio(("ours", figure), (broker, figure)), "x", least)
+    for figure, name, ours, broker, least in _AT_LEAST:
+        add(name, results.ratio((ours, figure), (broker, figure)), "x", least)
     add("16 publishers, to one", results.ratio(("ours", "many"), ("ours", "publish")), "x", 1.0)
     waited = results.ratio(("ours", "many-waited"), ("ours", "many"))
     add("16 publishers while a worker waits, to nobody waiting", waited, "x", _NOTIFY_LEAVES)
@@ -127,7 +129,7 @@ def _targets(results: Results) -> list[Sequence[str]]:
 
 def _spans(results: Results) -> dict[str, str]:
     """The least and the greatest ratio of the rounds, by the figure's name."""
-    pairs = {name: (("ours", figure), (broker, figure)) for figure, name, broker, _ in _AT_LEAST}
+    pairs = {name: ((ours, figure), (broker, figure)) for figure, name, ours, broker, _ in _AT_LEAST}
     pairs |= {
         "16 publishers, to one": (("ours", "many"), ("ours", "publish")),
         "16 publishers while a worker waits, to nobody waiting": (("ours", "many-waited"), ("ours", "many")),

@@ -21,7 +21,7 @@ from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.queue import MessageQueue
 from rhesis_tasks.settings import schema_name
 
-__all__ = ["publish_noop"]
+__all__ = ["message", "publish_noop"]
 
 
 class _Bare:
@@ -40,18 +40,17 @@ def _queue() -> MessageQueue:
 
 
 @cache
-def _message() -> tuple[tuple[Any, ...], dict[str, Any]]:
+def message() -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the queue's ``publish`` is called with by Celery; the message itself is published as well."""
     publish = MessageQueue.publish
     with patch.object(MessageQueue, "publish", autospec=True, side_effect=publish) as recorded:
         noop.delay()
-        noop.app.pool.force_close_all()
     call = recorded.call_args
     return tuple(call.args[1:]), dict(call.kwargs)
 
 
 def publish_noop() -> None:
-    arguments, keywords = _message()
+    arguments, keywords = message()
     _queue().publish(*arguments, **keywords)
 
 

@@ -23,6 +23,8 @@ from ..settings import redacted, require_psycopg
 if TYPE_CHECKING:
     import psycopg
 
+    from .statements import Statements
+
 __all__ = ["Connection", "is_asking", "read_only"]
 
 # Notice a peer that is gone without a word in seconds, not in hours.  (Ignored on unix sockets.)
@@ -66,6 +68,7 @@ class Connection:
         self.is_pooled = False  #: whether a pooler such as PgBouncer stands between; known once it is open
         self._parameters = _parameters(url, name, connect_timeout)
         self._raw: psycopg.Connection[Any] | None = None
+        self._statements: Statements | None = None  # of the one that was opened last
         self._opening = threading.RLock()
         self._asking: set[int] = set()  # threads in the middle of a statement
         self._on_notification: Callable[[str], None] | None = None
@@ -112,8 +115,6 @@ class Connection:
             raw.close()
             raise self._unavailable(read_only(self.url))
         self.is_pooled = pid != raw.info.backend_pid
-        if self.is_pooled:
-            raw.prepare_threshold = None  # the next transaction may be on another server connection
         if (call := self._on_notification) is not None:
             raw.add_notify_handler(lambda notification: call(notification.payload))  # received during a query
         return raw
@@ -145,10 +146,8 @@ class Connection:
     def _query(self, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         import psycopg
 
-        raw = self.open()
         try:
-            cursor = raw.execute(sql, parameters)
-            return cursor.fetchall() if cursor.description is not None else []
+            return self._statements_of(self.open()).run(sql, parameters)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             if (need := _NEEDS.get(error.sqlstate or "")) is not None:
                 raise DatabaseFullError(
@@ -173,6 +172,14 @@ class Connection:
                     "`rhesis-tasks schema create`"
                 ) from error
             raise
+
+    def _statements_of(self, raw: psycopg.Connection[Any]) -> Statements:
+        from .statements import Statements
+
+        found = self._statements
+        if found is None or found.raw is not raw:
+            found = self._statements = Statements(raw, prepares=not self.is_pooled)
+        return found
 
     def _unavailable(self, message: str) -> DatabaseUnavailableError:
         return DatabaseUnavailableError(message, url=redacted(self.url))

@@ -29,11 +29,12 @@ _log = logging.getLogger(__name__)
 BATCH: Final = 100
 """How many messages are claimed at once, at most."""
 
-# After a consumer has asked to be notified it looks once more at once, and twice a little later: for a message whose
+# After a consumer has asked to be notified it looks once at once, and twice more a little later: for a message whose
 # publisher looked for waiters just before, and committed just after.  (Messages that are taken for good, such as
 # events, are committed without a flush, so that once is enough.)
-_LOOKS: Final = (0.0, 0.02, 0.2)
-_LOOKS_FOR_TAKING: Final = (0.0,)
+_LATER_LOOKS: Final = (0.02, 0.2)
+# What was found is started first, before the worker asks to be notified of more: seconds, unless it is done sooner.
+_HANDING_OVER: Final = 0.002
 # If nobody comes for messages (the worker is busy itself, or shuts down), the listener acknowledges after so long.
 _UNATTENDED: Final = 0.5
 _POOLED_POLL_INTERVAL: Final = 1.0
@@ -128,6 +129,7 @@ class Consumer:
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
         self._waiting_for: set[str] = set()  # queues whose publishers will notify us
         self._notified: set[str] = set()  # queues whose publishers have
+        self._asks_first = False  # with the next look we ask to be notified before we claim
         self._looks: deque[float] = deque()  # seconds until each of the next looks, before the slow ones
         self._next_look = 0.0
         self._called = False  # somebody wants us to look before that
@@ -394,13 +396,15 @@ class Consumer:
             self._resume()
             takes = [each for each in self._subscriptions.values() if each.no_ack]
             groups = self._groups()
-            claimed_from: set[str] = set()
+            taken_from = {each.queue for each in takes}
+            claimed_from = {each.queue for group, _ in groups for each in group}
+            if self._asks_first and self._listener.listening:
+                self._ask(taken_from, claimed_from)
             full = False
             for number, (group, slots) in enumerate(groups or [([], 0)]):
-                claimed_from.update(each.queue for each in group)
                 found = self._claim_for(group, slots, takes if number == 0 else [])
                 full = full or 0 < slots <= found
-        self._schedule({each.queue for each in takes}, claimed_from, full)
+        self._schedule(taken_from, claimed_from, full)
 
     def _claim_for(self, group: list[Subscription], slots: int, takes: list[Subscription]) -> int:
         """Acknowledge and claim for subscriptions that share a limit; returns how many were claimed."""
@@ -466,7 +470,7 @@ class Consumer:
         return any(each.message.token is not None and each.message.deliveries >= _ALONE_FROM for each in self._buffer)
 
     def _schedule(self, taken_from: set[str], claimed_from: set[str], full: bool) -> None:
-        """Ask to be notified, and decide when to look again.
+        """Decide when to look again, and ask to be notified.
 
         Args:
             taken_from, claimed_from: the queues that we would take or claim messages from.
@@ -477,25 +481,39 @@ class Consumer:
             pause = 0.0 if any(slots > 0 for slots in self._room().values()) else _PAUSE_WHEN_FULL
         elif not self._listener.listening:
             pause = 0.0 if self._buffer else min(self._poll_interval, _POOLED_POLL_INTERVAL)
+        elif self._buffer:
+            self._asks_first = True
+            pause = _HANDING_OVER
+        elif self._ask(taken_from, claimed_from):
+            pause = 0.0
         else:
-            wanted = taken_from | claimed_from
-            notified = self._notified.copy()
-            self._notified -= notified
-            asks_again = time.monotonic() - self._asked_at > _ASK_AGAIN
-            if self._waiting_for != wanted or notified - wanted or asks_again:
-                self._looks = deque(_LOOKS if claimed_from - self._waiting_for else _LOOKS_FOR_TAKING)
-                # In our books first, for the listener to take out what we are notified of right after.
-                self._waiting_for = set(wanted)
-                self._asked_at = time.monotonic()
-                try:
-                    self._queue.wait_for(self.number, sorted(wanted), pass_on=sorted(notified - wanted))
-                except BaseException:
-                    self._waiting_for = set()
-                    raise
             pause = self._looks.popleft() if self._looks else self._poll_interval
         self._next_look = time.monotonic() + pause
         if self._places.again_at > time.monotonic():  # we have not seen all that is there
             self._next_look = min(self._next_look, self._places.again_at)
+
+    def _ask(self, taken_from: set[str], claimed_from: set[str]) -> bool:
+        """Ask to be notified of messages in these queues; returns False if nothing was to be said.
+
+        The next look is to follow at once, others have their times then.
+        """
+        self._asks_first = False
+        wanted = taken_from | claimed_from
+        notified = self._notified.copy()
+        self._notified -= notified
+        asks_again = time.monotonic() - self._asked_at > _ASK_AGAIN
+        if self._waiting_for == wanted and not notified - wanted and not asks_again:
+            return False
+        self._looks = deque(_LATER_LOOKS if claimed_from - self._waiting_for else ())
+        # In our books first, for the listener to take out what we are notified of right after.
+        self._waiting_for = set(wanted)
+        self._asked_at = time.monotonic()
+        try:
+            self._queue.wait_for(self.number, sorted(wanted), pass_on=sorted(notified - wanted))
+        except BaseException:
+            self._waiting_for = set()
+            raise
+        return True
 
     def look_now(self) -> None:
         """Look at the server with the next call of :meth:`next`: there may be something, or more may be held."""

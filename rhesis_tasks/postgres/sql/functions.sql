@@ -38,86 +38,73 @@ BEGIN
 END
 $$;
 
--- Put a message into a queue.  For publish() alone, as whom it runs.
-CREATE OR REPLACE FUNCTION @schema@.put(
-    target @schema@.queue, its_envelope json, its_body bytea, its_priority integer, its_tenant text, its_task_id text,
-    its_task_name text, ttl double precision, delay double precision, lapse double precision
-) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
-SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
-DECLARE
-    expiry timestamptz;
-    eta    timestamptz;
-    due    timestamptz;
-BEGIN
-    IF ttl IS NOT NULL OR target.message_ttl IS NOT NULL THEN
-        expiry := clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl));
-    END IF;
-    IF delay > 0 THEN
-        eta := clock_timestamp() + make_interval(secs => delay);
-        due := clock_timestamp() + make_interval(secs => greatest(least(delay, lapse), 0));
-    END IF;
-    IF target.durable THEN
-        INSERT INTO @schema@.message
-            (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
-        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
-                its_body);
-    ELSE
-        INSERT INTO @schema@.transient_message
-            (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
-        VALUES (target.name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
-                its_body);
-    END IF;
-    IF due IS NULL
-       AND EXISTS (SELECT FROM @schema@.waiter
-                   WHERE queue = target.name
-                     AND since > (SELECT coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0))) THEN
-        PERFORM @schema@.wake(target.name);
-    END IF;
-END
-$$;
-
 -- Publish a message to the queues that an exchange routes it to; the exchange '' routes to the queue named like the
 -- routing key, which is made if there is none.  Returns the number of queues, or NULL if there is no such exchange.
 --
 -- With a delay in seconds it is not claimed before; it is promoted earlier if it lapses earlier, for a worker to say so.
 -- Both are durations, so that nobody's clock counts but the server's.
--- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key.
+-- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key; waiter_queue,
+-- from the mark on.
+DROP FUNCTION IF EXISTS @schema@.put(
+    @schema@.queue, json, bytea, integer, text, text, text, double precision, double precision, double precision);
 CREATE OR REPLACE FUNCTION @schema@.publish(
     to_exchange text, with_key text, its_envelope json, its_body bytea, its_priority integer, its_tenant text,
     its_task_id text, its_task_name text, ttl double precision, delay double precision, lapse double precision
 ) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
-    kind   text;
-    words  text := CASE with_key WHEN '' THEN '' ELSE '.' || with_key END;  -- each behind its dot, as in a pattern
-    target @schema@.queue;
-    routed integer := 0;
+    kind    text;
+    words   text;
+    to_name text;
+    names   text[] := ARRAY[with_key];
+    target  @schema@.queue;
+    expiry  timestamptz;
+    eta     timestamptz;
+    due     timestamptz;
+    routed  integer := 0;
 BEGIN
-    IF to_exchange = '' THEN
-        SELECT * INTO target FROM @schema@.queue WHERE name = with_key;
+    IF to_exchange <> '' THEN
+        SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
         IF NOT FOUND THEN
-            INSERT INTO @schema@.queue (name) VALUES (with_key) ON CONFLICT DO NOTHING;
-            SELECT * INTO STRICT target FROM @schema@.queue WHERE name = with_key;
+            RETURN NULL;
         END IF;
-        PERFORM @schema@.put(
-            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl, delay, lapse);
-        RETURN 1;
+        words := CASE with_key WHEN '' THEN '' ELSE '.' || with_key END;  -- each behind its dot, as in a pattern
+        SELECT coalesce(array_agg(DISTINCT b.queue), '{}') INTO names FROM @schema@.binding b
+        WHERE b.exchange = to_exchange
+          AND CASE kind WHEN 'direct' THEN b.routing_key = with_key WHEN 'topic' THEN words ~ b.pattern ELSE true END;
     END IF;
-    SELECT type INTO kind FROM @schema@.exchange WHERE name = to_exchange;
-    IF NOT FOUND THEN
-        RETURN NULL;
+    IF delay > 0 THEN
+        eta := clock_timestamp() + make_interval(secs => delay);
+        due := clock_timestamp() + make_interval(secs => greatest(least(delay, lapse), 0));
     END IF;
-    FOR target IN
-        SELECT * FROM @schema@.queue q
-        WHERE q.name IN (SELECT b.queue FROM @schema@.binding b
-                         WHERE b.exchange = to_exchange
-                           AND CASE kind WHEN 'direct' THEN b.routing_key = with_key
-                                         WHEN 'topic' THEN words ~ b.pattern
-                                         ELSE true END)
-    LOOP
-        PERFORM @schema@.put(
-            target, its_envelope, its_body, its_priority, its_tenant, its_task_id, its_task_name, ttl, delay, lapse);
+    FOREACH to_name IN ARRAY names LOOP
+        SELECT * INTO target FROM @schema@.queue WHERE name = to_name;
+        IF NOT FOUND THEN
+            CONTINUE WHEN to_exchange <> '';  -- it was deleted a moment ago
+            INSERT INTO @schema@.queue (name) VALUES (to_name) ON CONFLICT DO NOTHING;
+            SELECT * INTO STRICT target FROM @schema@.queue WHERE name = to_name;
+        END IF;
+        expiry := CASE WHEN ttl IS NOT NULL OR target.message_ttl IS NOT NULL
+                       THEN clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl)) END;
+        IF target.durable THEN
+            INSERT INTO @schema@.message
+                (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
+            VALUES (to_name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
+                    its_body);
+        ELSE
+            INSERT INTO @schema@.transient_message
+                (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)
+            VALUES (to_name, its_priority, its_tenant, its_task_id, its_task_name, expiry, eta, due, its_envelope,
+                    its_body);
+        END IF;
+        IF due IS NULL
+           AND EXISTS (SELECT FROM @schema@.waiter
+                       WHERE queue = to_name
+                         AND since > (SELECT coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0)))
+        THEN
+            PERFORM @schema@.wake(to_name);
+        END IF;
         routed := routed + 1;
     END LOOP;
     RETURN routed;

@@ -1,0 +1,94 @@
+"""The statements of one psycopg connection: parsed and planned once by the server, sent and read with little ado.
+
+psycopg's cursor does the same and more, such as a description of what it has read; that is half of a process's work for
+a message that it publishes (``benchmarks/broker.py``).  How to adapt, to wait and what to raise stays psycopg's.
+
+Needs psycopg when it is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.errors import error_from_result
+from psycopg.generators import execute
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
+
+__all__ = ["Statements"]
+
+
+class Statements:
+    """Runs statements on a connection that is in autocommit mode.  Safe to use from several threads.
+
+    Args:
+        raw: the connection.
+        prepares: whether the server keeps what was prepared: not so if the next transaction may be on another server
+            connection.
+    """
+
+    def __init__(self, raw: psycopg.Connection[Any], *, prepares: bool) -> None:
+        self.raw = raw  #: the connection
+        self._prepares = prepares
+        self._adapter = Transformer(raw)
+        self._names: dict[tuple[bytes, tuple[int, ...]], bytes | None] = {}  # None: was run once, not prepared yet
+        self._numbers = itertools.count(1)
+
+    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement with its parameters in the places of ``%s`` and, for bytes, ``%b``; returns its rows.
+
+        Raises:
+            psycopg.Error: as psycopg's cursor does.
+        """
+        query, formats = _in_servers_form(sql)
+        pgconn, adapter = self.raw.pgconn, self._adapter
+        with self.raw.lock:
+            values = adapter.dump_sequence(parameters, formats)
+            types, formats_sent = adapter.types or (), adapter.formats
+            if (name := self._name(query, types)) is None:
+                pgconn.send_query_params(query, values, param_types=types, param_formats=formats_sent)
+            else:
+                pgconn.send_query_prepared(name, values, param_formats=formats_sent)
+            result = self._answer()
+            if result.status != ExecStatus.TUPLES_OK:
+                return []
+            adapter.set_pgresult(result)
+            return adapter.load_rows(0, result.ntuples, tuple)
+
+    def _name(self, query: bytes, types: tuple[int, ...]) -> bytes | None:
+        """What the server calls the statement; None if it does not have it, since it is run for the first time."""
+        key = (query, types)
+        name = self._names.get(key)
+        if name is None and self._prepares:
+            if key in self._names:
+                name = b"rhesis_tasks_%d" % next(self._numbers)
+                self.raw.pgconn.send_prepare(name, query, param_types=types)
+                self._answer()
+            self._names[key] = name
+        return name
+
+    def _answer(self) -> PGresult:
+        results: list[PGresult] = self.raw.wait(execute(self.raw.pgconn))
+        if not results:
+            raise psycopg.InternalError("the server's answer has no result")
+        if results[0].status == ExecStatus.FATAL_ERROR:
+            raise error_from_result(results[0], encoding=self.raw.info.encoding)
+        return results[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _in_servers_form(sql: str) -> tuple[bytes, list[PyFormat]]:
+    """A statement with ``$1``, ``$2`` ... for its parameters, and how these are sent."""
+    kinds: list[PyFormat] = []
+
+    def numbered(mark: re.Match[str]) -> str:
+        kinds.append(PyFormat.BINARY if mark[0] == "%b" else PyFormat.AUTO)
+        return f"${len(kinds)}"
+
+    return re.sub("%[sb]", numbered, sql).encode(), kinds

@@ -47,6 +47,8 @@ class Statements:
             psycopg.Error: as psycopg's cursor does.
         """
         query, formats = _in_servers_form(sql)
+        if len(parameters) != len(formats):  # psycopg's C code relies on it
+            raise psycopg.ProgrammingError(f"places for {len(formats)} values, but {len(parameters)} were given: {sql}")
         pgconn, adapter = self.raw.pgconn, self._adapter
         with self.raw.lock:
             values = adapter.dump_sequence(parameters, formats)

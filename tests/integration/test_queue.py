@@ -1288,6 +1288,29 @@ def test_messages_arrive_by_notification_long_before_the_next_poll(
         one.ack(delivery)
 
 
+def test_what_was_found_is_handed_out_before_the_consumer_asks_for_more(
+    queue: MessageQueue, worker: StartWorker
+) -> None:
+    one = worker()
+    one.consume("a")
+    assert one.next(timeout=0.1) is None
+    said: list[str] = []
+    one.work.after = said.append
+    for number in (1, 2):
+        publish(queue, "a", 1)
+        wait_until("the notification", lambda: one.ear.heard == ["a"] * number, DEADLINE, interval=0.001)  # noqa: B023
+        said.clear()
+
+        delivery = one.next()
+        assert body(delivery) == b"1"
+        assert said == ["claim"]
+
+        assert delivery is not None
+        one.ack(delivery)
+        assert one.next(timeout=0.1) is None
+        assert said[1:3] == ["wait_for", "claim"]
+
+
 def test_a_message_wakes_a_consumer_that_is_not_full(
     queue: MessageQueue, worker: StartWorker, pool: ThreadPoolExecutor
 ) -> None:
@@ -1588,10 +1611,10 @@ def test_who_was_away_for_too_long_gets_new_messages_again(
 SMALL = 1_000
 
 OPERATIONS: dict[str, str] = {
-    "claim 32 and acknowledge 32": "SELECT * FROM rhesis_tasks.claim(1, %(ids)s, %(tokens)s, '{a}', 32, '{}', 0, true, "
+    "claim 32 and acknowledge 32": "SELECT * FROM rhesis_tasks.claim(1, %s, %s, '{a}', 32, '{}', 0, true, "
     "5, 30, '{NULL}', '{NULL}', '{NULL}')",
-    "acknowledge 32": "SELECT * FROM rhesis_tasks.ack(%(ids)s, %(tokens)s)",
-    "release 32": "SELECT rhesis_tasks.release(%(ids)s, %(tokens)s, true, NULL)",
+    "acknowledge 32": "SELECT * FROM rhesis_tasks.ack(%s, %s)",
+    "release 32": "SELECT rhesis_tasks.release(%s, %s, true, NULL)",
     "release what a consumer holds": "SELECT rhesis_tasks.release_held(1, NULL)",
     "take 32": "SELECT * FROM rhesis_tasks.claim(1, '{}', '{}', '{}', 0, '{a}', 32, true, 5, 30, '{}', '{}', '{}')",
     "publish": "SELECT rhesis_tasks.publish('', 'a', '{}', 'body')",
@@ -1609,10 +1632,9 @@ Costs = dict[tuple[str, str], int]
 def cost(queue: MessageQueue, operation: str) -> int:
     """How many pages an operation touches: of tables, of indexes, of the catalog."""
     held = claims(queue.claim(1, ["a"], 32)[0])
-    parameters: Any = {"ids": [id for id, _ in held], "tokens": [token for _, token in held]}
-    [(explained,)] = queue.connection.query(
-        f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {OPERATIONS[operation]}", parameters
-    )
+    statement = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {OPERATIONS[operation]}"
+    parameters = ([id for id, _ in held], [token for _, token in held]) if "%s" in statement else ()
+    [(explained,)] = queue.connection.query(statement, parameters)
     plan = (json.loads(explained) if isinstance(explained, str) else explained)[0]["Plan"]
     queue.connection.query("SELECT rhesis_tasks.release_held(1, NULL)")
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])

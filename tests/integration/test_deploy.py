@@ -264,6 +264,25 @@ def test_a_script_names_the_variable_that_it_misses(stub: dict[str, str], script
     assert missing in done.stderr and done.stdout == ""
 
 
+# --- process 1 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("service", [name for name, it in COMPOSE["services"].items() if "image" in it])
+def test_no_service_of_ours_is_process_1_of_its_container(service: str) -> None:
+    ours = COMPOSE["services"][service]["image"] == "rhesis-tasks-example"
+
+    assert COMPOSE["services"][service].get("init", False) is ours
+
+
+@pytest.mark.parametrize("name", ["migrate", "example"])
+def test_no_pod_makes_its_process_process_1(name: str) -> None:
+    manifests = yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text())
+    pods = [it["spec"]["template"]["spec"] for it in manifests if "template" in it["spec"]]
+
+    assert pods
+    assert all(pod["shareProcessNamespace"] is True for pod in pods)
+
+
 # --- systemd -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -148,7 +149,6 @@ class Health:
         self._timeout: float = found["health-timeout"].value
         self._main = threading.get_ident()
         self.loop = Loop(found["health-loop-timeout"].value, self._waits)
-        self._places: dict[str, _Place] = {}
         self._probes: dict[str, Probe] = {}
         self.metrics: Metrics | None = None
         try:
@@ -196,11 +196,14 @@ class Health:
         conf = self._worker.app.conf
         checks: dict[str, str | None] = {"consumer": self._consumer()}
         broker, backend = self._broker_url(), str(conf.result_backend or "")
-        checks["broker"], checks["schema"] = self._ask("broker", broker)
-        if backend.partition(":")[0] in ("postgresql", "postgres"):
-            checks["backend"], _ = self._ask("backend", backend)
-        else:
-            checks["backend"] = f"{OK}: not on PostgreSQL, and not asked"
+        # At once: two databases that hang are no reason to answer later than one, and a probe has given up by then.
+        with ThreadPoolExecutor(2, thread_name_prefix="rhesis-tasks readyz") as askers:
+            of_broker = askers.submit(self._ask, "broker", broker)
+            if backend.partition(":")[0] in ("postgresql", "postgres"):
+                checks["backend"] = askers.submit(self._ask, "backend", backend).result()[0]
+            else:
+                checks["backend"] = f"{OK}: not on PostgreSQL, and not asked"
+            checks["broker"], checks["schema"] = of_broker.result()
         return report({name: text for name, text in checks.items() if text is not None})
 
     def metrics_text(self) -> Answer:
@@ -269,9 +272,8 @@ class Health:
 
     def _probe(self, name: str, url: str, ask: Callable[[MessageQueue], Any]) -> Any:
         """The answer to a question to a database, by a connection of the question's own."""
-        if name not in self._places:
-            self._places[name] = _Place(url, str(self._worker.app.conf.get("rhesis_tasks_schema") or ""), self._timeout)
-            place = self._places[name]
+        if name not in self._probes:
+            place = _Place(url, str(self._worker.app.conf.get("rhesis_tasks_schema") or ""), self._timeout)
             self._probes[name] = Probe(lambda: place.ask(ask), place.queue.connection.cut)
         return self._probes[name].answer(self._timeout)
 

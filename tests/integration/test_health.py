@@ -179,6 +179,9 @@ def test_while_connections_hang_each_answer_is_there_in_time(start: Start, proxy
 
     proxy.hold()
     wait_until("all checks to fail", lambda: {"consumer", "broker", "backend"} <= health.checks.keys(), PATIENCE)
+    begun = time.monotonic()
+    assert not health.is_ready
+    assert time.monotonic() - begun < TIMEOUT + 1.5  # not once for the broker, and again for the backend
     ends = time.monotonic() + 8
     while time.monotonic() < ends:
         assert health.lives

@@ -1,7 +1,8 @@
 """What a running task says of itself and hears meanwhile: its progress, and whether it shall stop early.
 
 Both are in the task's record.  They are written and read at most once a second, never where an event loop would wait
-for it.  An unreachable database changes nothing for the task, and a slow one takes at most a tenth of its time.
+for it.  An unreachable database changes nothing for the task, and a slow one takes at most a tenth of its time; but one
+that has answered after minutes is asked again within half a minute, since somebody may wait for the task to stop.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ INTERVAL: Final = 1.0
 
 SHARE: Final = 0.1
 """Of a task's time, for both."""
+
+LONGEST: Final = 30.0
+"""Seconds between two looks, at most: after an outage of a minute a tenth would be nine minutes without hearing."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,5 +119,5 @@ class Reporter:
             _log.warning("the progress of task %s could not be recorded: %s", self._task_id, error)
         finally:
             now = time.monotonic()
-            self._due = now + max(INTERVAL, (now - began) * (1 / SHARE - 1))
+            self._due = now + min(max(INTERVAL, (now - began) * (1 / SHARE - 1)), LONGEST)
             self._asking.release()

@@ -118,14 +118,26 @@ def test_what_could_not_be_written_is_with_the_next_look(reporter: Reporter, bac
 def test_a_slow_database_takes_at_most_a_tenth_of_the_tasks_time(
     reporter: Reporter, backend: Backend, clock: Clock
 ) -> None:
-    backend.takes, backend.error = 5, ConnectionError()
+    backend.takes, backend.error = 3, ConnectionError()
     begun = clock.now
     for done in range(10_000):
         clock.now += 0.1
         report(reporter, done)
 
-    after_the_first = 5 * (len(backend.written) - 1)
+    after_the_first = 3 * (len(backend.written) - 1)
     assert 0.09 < after_the_first / (clock.now - begun) <= 0.1
+
+
+def test_after_an_outage_of_minutes_the_task_hears_within_half_a_minute(
+    reporter: Reporter, backend: Backend, clock: Clock
+) -> None:
+    backend.takes = 300
+    report(reporter, 1)
+    backend.takes, backend.is_asked = 0, True
+    clock.now += 30
+    reporter.look()
+
+    assert reporter.is_asked_to_abort
 
 
 def test_a_second_passes_after_a_write_and_not_only_after_its_begin(

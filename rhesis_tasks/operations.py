@@ -467,6 +467,8 @@ def _table(app: Celery) -> OperationTable:
     with app.connection_for_write() as connection:
         place = getattr(connection.transport, "place", None)
     if place is None:
+        if not app.conf.broker_write_url:
+            raise NotSupportedError("this application has no broker: DATABASE_URL is not set, nor a broker's URL")
         raise NotSupportedError(
             "this application's broker is not PostgreSQL, where messages can be looked at.  Use its own tools"
         )

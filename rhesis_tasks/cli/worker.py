@@ -55,7 +55,7 @@ def worker(app: str, more: tuple[str, ...], **given: Any) -> None:
         Source(
             {option.name: os.environ.get(option.variable, "") for option in OPTIONS}, lambda option: option.variable
         ),
-        Source(in_opts, lambda _: _OPTS),
+        Source(in_opts, lambda option: f"{_OPTS} --{option.name}"),
     ]
     find_options(relevant(known), known)  # nonsense is refused before anything is imported
     celery = application(app)

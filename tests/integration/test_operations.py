@@ -720,6 +720,13 @@ def test_another_broker_has_its_own_tools(make_app: MakeApp) -> None:
         operations.messages(make_app())
 
 
+def test_without_a_broker_the_variable_is_named() -> None:
+    app = Celery("nowhere", set_as_current=False)
+
+    with pytest.raises(NotSupportedError, match="DATABASE_URL is not set"):
+        operations.messages(app)
+
+
 # --- the page ------------------------------------------------------------------------------------------------------
 
 

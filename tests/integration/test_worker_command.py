@@ -175,12 +175,20 @@ def test_nonsense_is_refused_by_the_variables_name_before_anything_starts(
     assert done.errors.startswith(f"rhesis-tasks: {variable} is {value!r}, and must be {needed}")
 
 
-@pytest.mark.parametrize("opts", ["--concurrency", "'", "-A other", "--concurrency x"])
-def test_options_that_cannot_be_read_are_refused(opts: str) -> None:
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        ("--concurrency", "cannot be read: "),
+        ("'", "cannot be read: "),
+        ("-A other", "names an application"),
+        ("--pool solo --concurrency x", "--concurrency is 'x', and must be a whole number"),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(opts: str, said: str) -> None:
     done = ran("worker", "-A", "no_such_module", CELERY_WORKER_OPTS=opts)
 
     assert (done.code, done.output) == (2, "")
-    assert done.errors.startswith("rhesis-tasks: CELERY_WORKER_OPTS ")
+    assert done.errors.startswith(f"rhesis-tasks: CELERY_WORKER_OPTS {said}")
     assert done.errors.count("\n") == 1
 
 

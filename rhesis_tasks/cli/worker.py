@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import RhesisTasksError
 from ..options import OPTIONS, Found, Option, OptionError, Source, find_options, relevant
 from .application import app_option, application
 
@@ -61,7 +62,7 @@ def worker(app: str, more: tuple[str, ...], **given: Any) -> None:
     celery = application(app)
     known.append(Source(_of_application(celery), lambda option: f"{option.setting} of the application"))
     found = find_options(relevant(known), known)
-    _check(found)
+    _check(app, found)
     arguments = _arguments(app, found, (*more_opts, *more))
     environ = {**os.environ, **_environment(app, found)}
     _print(app, celery, found, (*more_opts, *more))
@@ -102,7 +103,7 @@ def _of_application(app: Celery) -> dict[str, str]:
     return found
 
 
-def _check(found: Mapping[str, Found]) -> None:
+def _check(app: str, found: Mapping[str, Found]) -> None:
     """Refuse what cannot be had here."""
     pool = found["pool"]
     if pool.value == "gevent" and importlib.util.find_spec("gevent") is None:
@@ -110,6 +111,13 @@ def _check(found: Mapping[str, Found]) -> None:
     port = found["health-port"]
     if port.value is not None and "flower-port" in found and found["flower-port"].value == port.value:
         raise OptionError(f"{port.source} and {found['flower-port'].source} are the same port, {port.value}")
+    if found["flower"].value:
+        from ..flower import flower_command
+
+        try:
+            flower_command(app, address=found["flower-address"].value, port=found["flower-port"].value)
+        except RhesisTasksError as error:
+            raise OptionError(f"{found['flower'].source}: {error}") from None
 
 
 def _arguments(app: str, found: Mapping[str, Found], more: tuple[str, ...]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -203,6 +205,24 @@ def test_an_application_that_is_not_there_is_said_to_be_so() -> None:
 
     assert done.code == 1
     assert "there is no Celery application 'no_such_module:app'" in done.errors
+
+
+@pytest.fixture
+def _bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module with an application of no broker; and a worker that does not take the place of this process."""
+    (tmp_path / "bare_shop.py").write_text("from celery import Celery\napp = Celery('bare', set_as_current=False)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    yield
+    sys.modules.pop("bare_shop", None)
+
+
+@pytest.mark.usefixtures("_bare")
+def test_a_flower_that_anybody_could_use_is_refused_before_anything_starts() -> None:
+    done = ran("worker", "-A", "bare_shop", ENABLE_FLOWER="true", FLOWER_ADDRESS="192.0.2.1", FLOWER_BASIC_AUTH="")
+
+    assert (done.code, done.output) == (2, "")
+    assert done.errors.startswith("rhesis-tasks: ENABLE_FLOWER: Flower would listen on '192.0.2.1'")
 
 
 # --- how it stops ------------------------------------------------------------------------------------------------

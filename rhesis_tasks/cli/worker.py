@@ -66,6 +66,8 @@ def worker(app: str, more: tuple[str, ...], **given: Any) -> None:
     arguments = _arguments(app, found, (*more_opts, *more))
     environ = {**os.environ, **_environment(app, found)}
     _print(app, celery, found, (*more_opts, *more))
+    if not (celery.conf.broker_read_url or {"-b", "--broker"} & {each.partition("=")[0] for each in arguments}):
+        _warn(found, "no broker is set, so Celery's default is used.  Is DATABASE_URL missing?")
     sys.stdout.flush()
     sys.stderr.flush()
     # In place of this process: it is the one that gets the signals, and gevent wants to be there before all others.
@@ -141,13 +143,23 @@ def _environment(app: str, found: Mapping[str, Found]) -> dict[str, str]:
     return {**environ, "RHESIS_TASKS_WORKER_APP": app}
 
 
+def _warn(found: Mapping[str, Found], message: str) -> None:
+    if found["log-format"].value == "json":
+        _print_json("WARNING", message)
+    else:
+        click.echo(f"rhesis-tasks: {message}", err=True)
+
+
+def _print_json(level: str, message: str, **more: Any) -> None:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    click.echo(json.dumps({"time": now, "level": level, "logger": __name__, "message": message, **more}), err=True)
+
+
 def _print(app: str, celery: Celery, found: Mapping[str, Found], more: tuple[str, ...]) -> None:
     shown = [each for each in found.values() if _is_for(each.option, found) and each.value is not None]
     if found["log-format"].value == "json":
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         settings = {each.option.name: {"value": each.value, "source": each.source} for each in shown}
-        line = {"time": now, "level": "INFO", "logger": __name__, "message": f"a worker of {app}", "settings": settings}
-        click.echo(json.dumps({**line, "celery_options": more}), err=True)
+        _print_json("INFO", f"a worker of {app}", settings=settings, celery_options=more)
         return
     click.echo(f"A worker of {app} ({celery.main})")
     for each in shown:

@@ -225,6 +225,20 @@ def test_a_flower_that_anybody_could_use_is_refused_before_anything_starts() -> 
     assert done.errors.startswith("rhesis-tasks: ENABLE_FLOWER: Flower would listen on '192.0.2.1'")
 
 
+@pytest.mark.usefixtures("_bare")
+@pytest.mark.parametrize(("arguments", "warns"), [((), True), (("-b", "memory://"), False)])
+def test_a_worker_without_a_broker_says_that_the_variable_may_be_missing(
+    arguments: tuple[str, ...], warns: bool
+) -> None:
+    text = ran("worker", "-A", "bare_shop", *arguments)
+    as_json = ran("worker", "-A", "bare_shop", *arguments, LOG_FORMAT="json")
+    messages = [json.loads(line)["message"] for line in as_json.errors.splitlines()]
+
+    assert (text.code, as_json.code) == (0, 0)
+    assert ("Is DATABASE_URL missing?" in text.errors) is warns
+    assert any("Is DATABASE_URL missing?" in message for message in messages) is warns
+
+
 # --- how it stops ------------------------------------------------------------------------------------------------
 
 

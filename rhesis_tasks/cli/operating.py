@@ -19,6 +19,8 @@ __all__ = ["filters", "json_option", "message_filter", "operating", "say"]
 C = TypeVar("C", bound=Callable[..., Any])
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_OLDEST: Final = 36_500 * 86400
+"""Seconds; PostgreSQL has no time much longer ago."""
 
 
 def _age(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -28,7 +30,10 @@ def _age(_: click.Context, parameter: click.Parameter, value: str | None) -> flo
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
     if match is None:
         raise click.BadParameter(f"{value!r} is no age: a number of seconds, or one with s, m, h or d", param=parameter)
-    return float(match[1]) * _UNITS[match[2] or "s"]
+    seconds = float(match[1]) * _UNITS[match[2] or "s"]
+    if seconds > _OLDEST:
+        raise click.BadParameter(f"{value!r} is more than a hundred years", param=parameter)
+    return seconds
 
 
 def _moment(_: click.Context, parameter: click.Parameter, value: str | None) -> datetime.datetime | None:
@@ -60,7 +65,7 @@ _FILTERS: Final = (
 )
 _OPERATING: Final = (
     click.option("--yes", is_flag=True, help="Do it; without it, only print what would be done."),
-    click.option("--operator", help="Your name, for the audit record; the login's by default."),
+    click.option("--operator", help="Your name, for the audit record; by default that of the user of this process."),
     json_option,
 )
 

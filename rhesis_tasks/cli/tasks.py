@@ -138,7 +138,7 @@ def _follow(celery: Celery, task_id: str, organization: str | None) -> None:
 @click.option("--state", "states", multiple=True, help="Only those in this state; repeatable.")
 @click.option("--root", "root_id", help="Only those of this run, with --organization.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--after", type=int, help="Go on behind the message with this id.")
+@click.option("--after", type=click.IntRange(0, 2**63 - 1), help="Go on behind the message with this id.")
 @json_option
 def list_command(
     app: str, states: tuple[str, ...], root_id: str | None, limit: int, after: int | None, as_json: bool, **which: Any
@@ -160,20 +160,27 @@ def list_command(
             f"--state {' '.join(states)} is a record's: give --organization, and of other filters only --name"
         )
     if is_of_records:
-        records = _records(application(app), which["organization"], which["task_name"], states, root_id, limit)
-        for record in records:
+        records = _records(application(app), which["organization"], which["task_name"], states, root_id, limit + 1)
+        for record in records[:limit]:
             click.echo(to_json(record) if as_json else line(record))
+        if len(records) > limit:
+            click.echo(f"There are more than {limit:,}; --limit says how many to list.", err=True)
         return
     if root_id is not None:
         raise click.UsageError(
             "--root is for records: name --organization, and of other filters only --name and --state"
         )
-    for message in messages(application(app), message_filter(**which, states=states), limit=limit, after=after):
+    found = messages(application(app), message_filter(**which, states=states), limit=limit + 1, after=after)
+    for message in found[:limit]:
         if as_json:
             click.echo(to_json(message))
         else:
             for each in message_lines(message):
                 click.echo(each)
+    if len(found) > limit:
+        click.echo(
+            f"There are more than {limit:,}.  Go on with --after {found[limit - 1].id}, or raise --limit.", err=True
+        )
 
 
 def _kind_of(states: tuple[str, ...]) -> str | None:

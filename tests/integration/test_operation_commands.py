@@ -138,6 +138,23 @@ def test_tasks_in_each_state_are_listed_in_80_columns_and_as_json(scene: Scene, 
     assert "a test" in dead.output
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_list_that_was_cut_off_says_so_and_how_to_go_on(
+    scene: Scene, command: Command, form: tuple[str, ...]
+) -> None:
+    of_messages = ("list", "--organization", scene.organization, "--user", "ann", *form)
+    records = command("list", "--organization", scene.organization, "--limit", "3", *form)
+    first = command(*of_messages, "--limit", "3")
+    after = re.search(r"--after \d+", first.errors)
+    assert after is not None
+    rest = command(*of_messages, *after[0].split())
+    ids = re.findall("|".join(scene.ids.values()), first.output + rest.output)
+
+    assert "more than 3" in records.errors
+    assert sorted(ids) == sorted(scene.ids.values())
+    assert rest.errors == ""
+
+
 def test_messages_are_counted_by_queue_organization_and_name(scene: Scene, command: Command) -> None:
     by_queue = command("count", "--organization", scene.organization)
     by_tenant = command("count", "--organization", scene.organization, "--by", "organization", "--state", "waiting")
@@ -320,12 +337,14 @@ def test_without_a_filter_it_is_refused_unless_all_are_meant(scene: Scene, comma
     ("arguments", "message"),
     [
         (("purge", "--older-than", "soon"), "'soon' is no age"),
+        (("purge", "--older-than", "99999999d"), "more than a hundred years"),
         (("purge", "--published-before", "then"), "'then' is no time"),
         (("purge", "--queue", "a", "--state", "running"), "'running' is not one of"),
         (("list", "--state", "lost"), "'lost' is no state"),
         (("list", "--state", "success"), "give --organization"),
         (("list", "--state", "success", "--state", "waiting"), "list one kind at a time"),
         (("list", "--root", "x"), "--root is for records"),
+        (("list", "--after", "9" * 20), "is not in the range"),
         (("count", "--by", "colour"), "'colour' is not one of"),
     ],
 )

@@ -19,17 +19,20 @@ def engine(url: str) -> Iterator[Engine]:
     """An engine for one command; errors of its database are ours."""
     from sqlalchemy.exc import DBAPIError, OperationalError
 
-    from ..postgres.engines import new_engine
-    from ..settings import redacted
+    from ..postgres.engines import CONNECT_TIMEOUT, new_engine
+    from ..settings import database_url, redacted
 
-    made = new_engine(url)
+    # A server that accepts and then says nothing would keep the command for ever.
+    is_bounded = "connect_timeout" in database_url(url).query
+    made = new_engine(url, connect_args={} if is_bounded else {"connect_timeout": CONNECT_TIMEOUT})
     try:
         yield made
     except OperationalError as error:
         raise DatabaseUnavailableError(f"cannot connect to {redacted(made.url)}: {error.orig}") from error
     except DBAPIError as error:
-        refused = getattr(error.orig, "sqlstate", None) == "42501"
-        reason = str(error.orig).partition("\n")[0]
-        raise (MissingPrivilegeError if refused else ConfigurationError)(f"{redacted(made.url)}: {reason}") from error
+        reason = f"{redacted(made.url)}: {str(error.orig).partition(chr(10))[0]}"
+        if getattr(error.orig, "sqlstate", None) == "42501":
+            raise MissingPrivilegeError(f"{reason}.  Give the URL of the tables' owner, as --database-url") from error
+        raise ConfigurationError(reason) from error
     finally:
         made.dispose()

@@ -837,7 +837,7 @@ def not_postgresql(_: TenantDatabase) -> list[str]:
         (no_such_database, 1, 'database "nowhere_at_all" does not exist'),
         (no_server, 1, "cannot connect to postgresql+psycopg://me:***@127.0.0.1:9/nowhere"),
         (no_schema_of_that_name, 1, "schema 'Not A Name' is not a lower-case SQL name"),
-        (no_right_to_create, 1, "permission denied"),
+        (no_right_to_create, 1, "Give the URL of the tables' owner, as --database-url"),
         (no_database_url, 2, "--database-url"),
         (not_postgresql, 1, "a database URL looks like postgresql://"),
     ],

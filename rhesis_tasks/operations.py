@@ -249,7 +249,7 @@ def offboard(
     if running and not stop:
         raise ConfigurationError(
             f"organization {organization_id} has {running} running {'task' if running == 1 else 'tasks'}; nothing was "
-            "changed.  Wait for their end, or have them terminated first"
+            "changed.  Wait for their end, or have them terminated: --stop, or stop=True"
         )
     run.remove(which.of(*UNHELD, MessageState.DEAD), "its organization was removed")
     if running:

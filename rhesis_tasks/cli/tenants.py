@@ -35,7 +35,7 @@ def offboard(
     Only counts them, until you say --yes.  Nothing of it can be had back.  The application's own tables are
     left alone, and so are the audit records.
     """
-    from ..operations import login_name
+    from ..operations import MessageState, login_name
     from ..operations import offboard as remove
 
     done = remove(
@@ -47,3 +47,7 @@ def offboard(
         timeout=timeout,
     )
     say(done, as_json, f"there is nothing of an organization {organization}")
+    if done.is_dry_run and done.before[MessageState.RUNNING] and not stop:
+        click.echo(
+            "While tasks run it is refused: wait for their end, or give --stop, which terminates them.", err=True
+        )

@@ -282,6 +282,7 @@ def test_the_audit_says_who_did_what(scene: Scene, command: Command) -> None:
 def test_a_tenant_is_offboarded(scene: Scene, command: Command) -> None:
     before = scene.everything()
     dry = command("offboard", scene.organization, group="tenants")
+    dry_stop = command("offboard", scene.organization, "--stop", group="tenants")
     refused = command("offboard", scene.organization, "--yes", group="tenants")
     unchanged = scene.everything()
     done = command("offboard", scene.organization, "--stop", "--yes", "--operator", "olga", group="tenants")
@@ -289,7 +290,10 @@ def test_a_tenant_is_offboarded(scene: Scene, command: Command) -> None:
 
     assert (dry.code, refused.code, done.code, again.code) == (0, 1, 0, 1), done.errors
     assert "  records            4" in dry.lines
+    assert "While tasks run it is refused" in dry.errors  # as --yes does
     assert "has 1 running task; nothing was changed" in refused.errors
+    assert "--stop" in refused.errors
+    assert "refused" not in dry_stop.errors
     assert unchanged == before
     assert scene.messages() == {}
     assert command("show", scene.waiting).code == 1

@@ -1,7 +1,11 @@
-"""Messages that wait for their time, those that end workers, and dead letters, in the queue and its consumer."""
+"""Messages that wait for their time, those that end workers, and dead letters, in the queue and its consumer.
+
+RHESIS_TASKS_DELAYED says how many delayed messages are many (20000).
+"""
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -27,6 +31,8 @@ from queue_rig import (  # noqa: F401  # fixtures
 
 from rhesis_tasks.postgres.queue import Claimed, MessageQueue
 from rhesis_tasks.processes import wait_until
+
+DELAYED = int(os.environ.get("RHESIS_TASKS_DELAYED", "20000"))
 
 # --- delays ------------------------------------------------------------------------------------------------------
 
@@ -144,25 +150,65 @@ def test_another_consumer_promotes_when_the_first_one_is_gone(queue: MessageQueu
     assert delivery.message.body == b"1"
 
 
-def test_many_delayed_messages_cost_a_claim_nothing(queue: MessageQueue, sql: Sql) -> None:
-    """Not one page more: they are in none of the indexes that it walks."""
+def pages(queue: MessageQueue, call: str) -> int:
+    """How many pages a function looks at."""
+    [(plan,)] = queue.connection.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM rhesis_tasks.{call}")
+    return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])
 
-    def pages() -> int:
-        [(plan,)] = queue.connection.query(
-            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM "
-            "rhesis_tasks.claim(1, '{}', '{}', '{a}', 32, '{}', 0, true, 5, 30, '{NULL}', '{NULL}', '{NULL}')"
-        )
-        return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])
 
-    publish(queue, "a", 1)
-    pages(), pages()
-    few = pages()
+def delay_many(sql: Sql) -> None:
+    """Messages that are due in an hour and later, in another order than they are stored."""
     sql(
         "INSERT INTO rhesis_tasks.message (queue, envelope, body, due_at) "
-        "SELECT 'a', '{}', 'body', now() + make_interval(secs => 3600 + n) FROM generate_series(1, 20000) n"
+        "SELECT 'a', '{}', 'later', now() + make_interval(secs => 3600 + 3600 * random()) FROM generate_series(1, %s)",
+        DELAYED,
     )
 
-    assert pages() <= few + 10
+
+def test_many_delayed_messages_cost_a_claim_nothing(queue: MessageQueue, sql: Sql) -> None:
+    """Not one page more: they are in none of the indexes that it walks."""
+    claim = "claim(1, '{}', '{}', '{a}', 32, '{}', 0, true, 5, 30, '{NULL}', '{NULL}', '{NULL}')"
+    publish(queue, "a", 1)
+    pages(queue, claim), pages(queue, claim)
+    few = pages(queue, claim)
+
+    delay_many(sql)
+
+    assert pages(queue, claim) <= few + 10
+
+
+def test_what_is_due_is_promoted_without_a_walk_through_all_that_is_delayed(queue: MessageQueue, sql: Sql) -> None:
+    delay_many(sql)
+    queue.publish("", "a", "{}", b"1", delay=0.01)
+    wait_until("it to be due", lambda: sql("SELECT min(due_at) < clock_timestamp() FROM rhesis_tasks.message")[0][0], 5)
+
+    queue.connection.query("SELECT rhesis_tasks.promote(0)")  # so that what planning looks at is not counted
+
+    looked_at = pages(queue, "promote(1000)")
+
+    assert bodies(claimed(queue, "a")) == [b"1"]
+    assert looked_at < DELAYED / 40
+
+
+def test_what_comes_to_be_due_among_many_is_delivered_within_a_second(
+    queue: MessageQueue, worker: StartWorker, sql: Sql
+) -> None:
+    delay_many(sql)
+    waiting = worker(poll_interval=LONG)
+    waiting.consume("a")
+    assert waiting.next(timeout=0.5) is None
+
+    late = []
+    for delay in (0.7, 0.2, 0.7):
+        due = time.monotonic() + delay
+        queue.publish("", "a", "{}", b"1", delay=delay)
+        delivery = waiting.next()
+        assert delivery is not None
+        late.append(time.monotonic() - due)
+        waiting.ack(delivery)
+
+    assert min(late) >= 0
+    assert max(late) < 1
 
 
 # --- what ends workers -------------------------------------------------------------------------------------------

@@ -765,7 +765,9 @@ END
 $$;
 
 -- Let messages that are due be claimed, at most so many; whoever waits for them is notified.  Returns the seconds until
--- the next one is due, NULL if none is delayed.  Index: message_due.
+-- the next one is due, NULL if none is delayed.
+-- Index: message_due, up to now: that is a variable, since a condition with clock_timestamp(), which may change from row
+-- to row, would be asked of all that is delayed.
 CREATE OR REPLACE FUNCTION @schema@.promote(most integer) RETURNS double precision
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
@@ -773,13 +775,14 @@ DECLARE
     in_queue text;
     promoted bigint;
     next_    timestamptz;
+    now_     timestamptz := clock_timestamp();
 BEGIN
     SELECT min(due_at) INTO next_ FROM @schema@.message WHERE due_at IS NOT NULL;
-    IF next_ <= clock_timestamp() THEN
+    IF next_ <= now_ THEN
         FOR in_queue, promoted IN
             WITH due AS (
                 SELECT m.ctid AS row_at, m.tableoid AS of_table FROM @schema@.message m
-                WHERE m.due_at <= clock_timestamp()
+                WHERE m.due_at <= now_
                 ORDER BY m.due_at LIMIT most FOR UPDATE SKIP LOCKED),
             moved AS (
                 UPDATE @schema@.message m SET due_at = NULL FROM due

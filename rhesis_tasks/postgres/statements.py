@@ -79,8 +79,9 @@ class Statements:
         results: list[PGresult] = self.raw.wait(execute(self.raw.pgconn))
         if not results:
             raise psycopg.InternalError("the server's answer has no result")
-        if results[0].status == ExecStatus.FATAL_ERROR:
-            raise error_from_result(results[0], encoding=self.raw.info.encoding)
+        for result in results:  # the rows come first, and behind them that the commit has failed
+            if result.status == ExecStatus.FATAL_ERROR:
+                raise error_from_result(result, encoding=self.raw.info.encoding)
         return results[0]
 
 

@@ -613,3 +613,18 @@ def duplicates(statement: str, when: str) -> int:
     if ".ack(" in statement and when == "before":
         return 2  # the connection was being closed, and gone before it could say what was done: the prefetch count
     return 0
+
+
+def test_what_fails_only_when_it_is_committed_is_an_error(tenant_database: TenantDatabase) -> None:
+    """The server's answer has rows then, and the error behind them: so it is too when it panics in a commit."""
+    connection = rhesis_tasks.postgres.connection.Connection(database_url(tenant_database.owner_url), name="test")
+    try:
+        connection.query("CREATE TABLE only_one (id integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+        insert = "INSERT INTO only_one VALUES (1) RETURNING id"
+        assert connection.query(insert) == [(1,)]
+
+        for _ in range(3):  # prepared or not
+            with pytest.raises(psycopg.errors.UniqueViolation):
+                connection.query(insert)
+    finally:
+        connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -225,14 +226,14 @@ def commit_alone(server: PostgresServer) -> None:
 # --- no room -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(server: PostgresServer) -> Iterator[Path]:
-    """A file system of 8 MB that the server may write to."""
+@contextlib.contextmanager
+def small_file_system(megabytes: int) -> Iterator[Path]:
+    """A folder of the server's user in a file system of this size."""
     folder = Path(tempfile.mkdtemp(prefix="rhesis-pg-disk-", dir="/tmp"))
     if (
         os.geteuid() != 0
         or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True
         ).returncode
     ):
         folder.rmdir()
@@ -240,12 +241,19 @@ def small_disk(server: PostgresServer) -> Iterator[Path]:
     try:
         user = as_other_user()
         space = folder / "space"
-        space.mkdir()
+        space.mkdir(mode=0o700)
         os.chown(space, user["user"], user["group"])
         yield space
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
         folder.rmdir()
+
+
+@pytest.fixture
+def small_disk(server: PostgresServer) -> Iterator[Path]:
+    """A file system of 8 MB that the server may write to."""
+    with small_file_system(8) as space:
+        yield space
 
 
 def fill(rig: Rig) -> None:
@@ -301,6 +309,90 @@ def queue_of(rig: Rig) -> Iterator[MessageQueue]:
     connection = Connection(database_url(rig.url), name="test")
     yield MessageQueue(connection, "rhesis_tasks")
     connection.close()
+
+
+@contextlib.contextmanager
+def server_with_small_log() -> Iterator[tuple[PostgresServer, Path]]:
+    """A server whose pg_wal is on a file system of 128 MB, and the file there that takes a quarter of it."""
+    # No checkpoint makes room meanwhile.
+    settings = {"checkpoint_timeout": "1h", "max_wal_size": "4GB", "min_wal_size": "32MB"}
+    with small_file_system(128) as space, running_server(settings=settings) as server:
+        server.stop()
+        log = server.data / "pg_wal"
+        owner = log.stat()
+        shutil.copytree(log, space / "pg_wal")
+        for path in (space / "pg_wal", *(space / "pg_wal").rglob("*")):
+            os.chown(path, owner.st_uid, owner.st_gid)
+        shutil.rmtree(log)
+        log.symlink_to(space / "pg_wal")
+        ballast = space / "ballast"
+        ballast.write_bytes(b"x" * (32 << 20))
+        server.start()
+        yield server, ballast
+
+
+class Load(threading.Thread):
+    """Publishes large messages until it is stopped, each one once, and writes down which of them failed."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__(name="load", daemon=True)
+        self._app = app
+        self._stop_it = threading.Event()
+        self.sent: set[str] = set()
+        self.failed: set[str] = set()
+
+    def run(self) -> None:
+        number = 0
+        while not self._stop_it.is_set():
+            number += 1
+            label = f"task-{number}"
+            try:
+                self._app.send_task("run", [label], headers={"x": os.urandom(20_000).hex()}, task_id=label, retry=False)
+            except OperationalError:
+                self.failed.add(label)
+                time.sleep(0.05)
+            else:
+                self.sent.add(label)
+
+    def stop(self) -> None:
+        self._stop_it.set()
+        self.join(60)
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_when_the_servers_log_has_no_room_what_was_published_is_done_once_there_is_some(
+    tmp_path: Path, pool: str
+) -> None:
+    """The server panics and stops.  What it told nobody to be published may be run, or not; once at most."""
+    with server_with_small_log() as (server, ballast), running_rig(server, tmp_path) as rig:
+        worker = rig.worker(pool, grace=GRACE)
+        load = Load(rig.app)
+        load.start()
+        try:
+            wait_until("the server's log to have no room", lambda: "PANIC" in server.log, 60)
+            wait_until("a publish to fail", lambda: bool(load.failed), 60)
+            wait_until("the server to stop", lambda: not server.running, 60)
+            pass_time(2 * GRACE)
+            ballast.unlink()
+            server.start()
+            before = len(load.sent)
+            wait_until("more to be published", lambda: len(load.sent) > before + 30, 60)
+        finally:
+            ballast.unlink(missing_ok=True)  # or the server could not be started
+            load.stop()
+        wait_until(f"all of {len(load.sent)} to be done", lambda: load.sent <= set(rig.runs.done), 60)
+        wait_until("no message to be left", lambda: not rig.messages(), 60)
+
+        done = rig.runs.done
+        print(
+            f"{len(load.sent)} published, {len(load.failed)} failed, {len(done.keys() & load.failed)} of those done, "
+            f"{len(rig.done_more_than_once())} done twice"
+        )
+        assert "No space left on device" in server.log
+        assert done.keys() <= load.sent | load.failed
+        assert rig.done_more_than_once() == set()
+        assert rig.query("SELECT count(*) FROM rhesis_tasks.dead_letter") == [(0,)]
+        assert worker.running
 
 
 def test_too_many_connections_are_said_to_be_too_many_and_workers_start_and_go_on_when_there_are_some(

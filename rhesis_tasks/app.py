@@ -39,14 +39,16 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "result_serializer": "json",
     "accept_content": ["json"],
     "broker_connection_retry_on_startup": True,
+    # In a web process somebody waits for the answer.  Celery's three retries are over in less than a second where a
+    # connection is refused; where nobody answers a new one, each takes broker_connection_timeout, 16 seconds in all.
+    "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0.5, "interval_step": 0, "interval_max": 0.5},
     "worker_log_format": logs.WORKER_LOG_FORMAT,
     "worker_task_log_format": logs.TASK_LOG_FORMAT,
 }
 """Celery settings that an application gets unless it has its own."""
 
 WORKER_DEFAULTS: Final[Mapping[str, Any]] = {
-    # A task that launches another one waits through an outage of the broker, about a minute and a half; all others
-    # give up after a second, as Celery has it: a web process has somebody who waits for the answer.
+    # A task that launches another one waits through an outage of the broker, about a minute and a half.
     "task_publish_retry_policy": {"max_retries": 100, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
 }
 """The same for workers and beat, which are known by the signals that Celery sends as they start."""

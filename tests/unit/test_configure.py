@@ -473,7 +473,7 @@ def test_only_a_worker_waits_long_for_a_broker_that_is_away(bare: Celery) -> Non
 
     celeryd_init.send(sender="w@here", instance=SimpleNamespace(app=bare))  # as Celery does
 
-    assert before["max_retries"] == 3
+    assert before["max_retries"] == 1
     assert bare.conf.task_publish_retry_policy["max_retries"] == 100
     unconfigure(bare)
-    assert bare.conf.task_publish_retry_policy == before
+    assert bare.conf.task_publish_retry_policy["max_retries"] == 3  # Celery's own

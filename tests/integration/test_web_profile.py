@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 ACME = TenantContext("acme", "ann")
-SOON = 10.0
-"""Seconds: refused is known in less than one, silence after four for each of at most two attempts."""
+SOON = 14.0
+"""Seconds: a refusal is known in less than one, silence after four for each of two attempts; and some to spare."""
 
 
 def task_of(app: Celery) -> Any:

@@ -122,8 +122,10 @@ class Consumer:
         self._pid = os.getpid()
         self._subscriptions: dict[str, Subscription] = {}
         self._buffer: deque[Delivery] = deque()
-        self._held: dict[int, int] = {}  # by claim token, the ids of what was handed out and not acknowledged
-        self._alone: int | None = None  # the token of a message with which nothing else is claimed, while it is held
+        self._held: dict[int, int] = {}  # what was handed out and not acknowledged: its id, and the token of its claim
+        self._held_lock = threading.Lock()  # between acknowledging and having it claimed once more
+        self._alone: int | None = None  # the id of a message with which nothing else is claimed, while it is held
+        self._done: set[int] = set()  # the ids of what was done too late, and is there to be done again
         self._acks: deque[tuple[int, int]] = deque()
         self._acked_at = 0.0  # when the first of them came, or earlier
         self._acks_in_doubt: set[int] = set()  # sent once before, on a connection that was lost
@@ -286,22 +288,25 @@ class Consumer:
         self.look_now()
 
     def _hand_out(self, delivery: Delivery) -> Delivery:
-        if delivery.message.token is not None:
-            self._held[delivery.message.token] = delivery.message.id
-            if delivery.message.deliveries >= _ALONE_FROM:
-                self._alone = delivery.message.token
+        message = delivery.message
+        if message.token is not None:
+            self._held[message.id] = message.token
+            if message.deliveries >= _ALONE_FROM:
+                self._alone = message.id
         return delivery
 
     def ack(self, message: Claimed) -> None:
         """A message was done; it is deleted with the next statement, or within moments if none is due."""
-        if message.token in self._held:
+        with self._held_lock:
+            token = self._held.pop(message.id, None)
+            if token is None:
+                return
             if not self._acks:
                 self._acked_at = time.monotonic()
-            self._acks.append((message.id, message.token))
-            del self._held[message.token]
-            self._signal()
-            if not self._draining:
-                self._listener.poke(_UNATTENDED)
+            self._acks.append((message.id, token))
+        self._signal()
+        if not self._draining:
+            self._listener.poke(_UNATTENDED)
 
     def release(self, messages: Sequence[Claimed], *, uncounted: bool = False, reason: str | None = None) -> None:
         """Give messages back to the place they had, to be claimed by whoever comes first.
@@ -313,9 +318,7 @@ class Consumer:
             uncounted: as if they had not been delivered.
             reason: why their delivery was in vain.
         """
-        claims = [(message.id, message.token) for message in messages if message.token is not None]
-        for _, token in claims:
-            self._held.pop(token, None)
+        claims = [(each.id, self._let_go(each, each.token)) for each in messages if each.token is not None]
         if claims:
             with self._or_when_it_is_back():
                 self._queue.release(claims, uncounted=uncounted, reason=reason)
@@ -323,10 +326,15 @@ class Consumer:
     def bury(self, message: Claimed, reason: str) -> None:
         """Give a message up: it becomes a dead letter, for an operator to look at."""
         if message.token is not None:
-            self._held.pop(message.token, None)
+            token = self._let_go(message, message.token)
             _log.error("message %d of queue %r is a dead letter now: %s", message.id, message.queue, reason)
             with self._or_when_it_is_back():
-                self._queue.bury(message.id, message.token, reason)
+                self._queue.bury(message.id, token, reason)
+
+    def _let_go(self, message: Claimed, token: int) -> int:
+        """Hold a message no more; returns the token of the claim that it has, which may be a later one."""
+        with self._held_lock:
+            return self._held.pop(message.id, token)
 
     @contextmanager
     def _or_when_it_is_back(self) -> Iterator[None]:
@@ -437,7 +445,25 @@ class Consumer:
             raise
         self._places.claimed(places, messages, began)
         self._tell_late(late)
-        return messages
+        return [each for each in messages if not self._has_already(each)]
+
+    def _has_already(self, message: Claimed) -> bool:
+        """Whether a message that was claimed is still with us, or was done, since we were taken for dead meanwhile.
+
+        Nobody else has it then: it is not handed out again, and acknowledged under the new claim.
+        """
+        if message.token is None or message.deliveries < 2:
+            return False  # what has a number that we know from before a backup was restored was not delivered yet
+        with self._held_lock:
+            if message.id in self._held:
+                self._held[message.id] = message.token
+            elif message.id in self._done:
+                self._done.remove(message.id)
+                self._acks.append((message.id, message.token))
+            else:
+                return False
+        _log.info("consumer %d has message %d again, of which it had lost the claim", self.number, message.id)
+        return True
 
     def _groups(self) -> list[tuple[list[Subscription], int]]:
         """The subscriptions that share a limit and may hold more messages, and how many more."""
@@ -554,7 +580,7 @@ class Consumer:
                 self._waiting_for = set()
             ahead = [each.message.token for each in self._buffer if each.message.token is not None]
             acked = [token for _, token in list(self._acks)]
-            still = self._queue.agree(self.number, [*list(self._held), *ahead, *acked])
+            still = self._queue.agree(self.number, [*list(self._held.values()), *ahead, *acked])
         except BaseException:
             self._reaped = self._reaped or is_back  # nothing is agreed
             raise
@@ -578,11 +604,13 @@ class Consumer:
 
     def _tell_late(self, late: Iterable[Late]) -> None:
         for id, _, is_there in late:
-            if id in self._acks_in_doubt and not is_there:
+            if is_there:
+                self._done.add(id)  # if nobody has begun with it, we get it again
+            elif id in self._acks_in_doubt:
                 continue  # it was acknowledged, and only the answer was lost
             _log.warning(
                 "message %d was done, but had been given to others: consumer %d gave no life sign for %g seconds.  It "
-                "is done twice",
+                "may be done twice",
                 id,
                 self.number,
                 self._grace,

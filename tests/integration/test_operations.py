@@ -570,6 +570,40 @@ def test_terminating_ends_what_runs_and_what_its_worker_holds_never_begins(
     wait_until("no message to be left", lambda: not operations.messages(app, of(acme)), TIMEOUT)
 
 
+@pytest.mark.usefixtures("worker")
+def test_what_runs_is_terminated_after_its_worker_was_taken_for_dead_and_has_it_again(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    queue: str,
+    launch: Callable[..., str],
+    database: TenantDatabase,
+) -> None:
+    running = launch(tasks.never_ends, context=acme)
+    wait_for_state(app, acme, running, State.STARTED)
+
+    def deliveries() -> int:
+        [found] = operations.messages(app, of(acme))
+        return found.deliveries if found.state == RUNNING else 0
+
+    lost = "UPDATE rhesis_tasks.message SET claim_token = NULL, holder = NULL WHERE task_id = %s"
+    with database.owner.begin() as connection:
+        connection.exec_driver_sql(lost, (running,))
+        connection.exec_driver_sql("SELECT rhesis_tasks.wake(%s)", (queue,))
+    wait_until("the worker to have it again", lambda: deliveries() == 2, TIMEOUT)
+
+    operations.terminate(app, of(acme), operator="olga", dry_run=False)
+
+    wait_until("no message to be left", lambda: not operations.messages(app, of(acme)), TIMEOUT)
+    assert state(app, acme, running) is State.REVOKED
+    others = [launch(tasks.runs_until_asked, context=acme) for _ in range(2)]
+    for each in others:
+        wait_for_state(app, acme, each, State.STARTED)  # both processes are free
+    operations.revoke(app, of(acme), operator="olga", dry_run=False)
+    for each in others:
+        wait_for_state(app, acme, each, State.SUCCESS)
+
+
 def test_a_dead_letter_cannot_be_revoked(app: Celery, acme: TenantContext) -> None:
     with pytest.raises(ConfigurationError, match="no task to stop"):
         operations.revoke(app, of(acme, states=[DEAD]), operator="olga", dry_run=False)

@@ -1251,21 +1251,20 @@ def test_a_late_acknowledgement_is_told(
     assert queue.size("a") == 1
 
 
-def test_a_message_that_comes_back_to_who_still_works_on_it_can_be_acknowledged(
+def test_a_message_that_comes_back_to_who_still_works_on_it_is_not_handed_out_again(
     queue: MessageQueue, worker: StartWorker, sql: Sql
 ) -> None:
     publish(queue, "a", 1)
     one = worker()
     one.consume("a")
-    first = one.next()
-    assert first is not None
-    queue.release(claims([first.message]))  # as when it was taken for dead
-    again = one.next()
-    assert again is not None and again.message.deliveries == 2
+    delivery = one.next()
+    assert delivery is not None
+    queue.release(claims([delivery.message]))  # as when it was taken for dead
 
-    for delivery in (first, again):
-        one.ack(delivery)
-        one.consumer.flush()
+    assert one.next(timeout=0.5) is None
+    assert holders(sql) == [(b"1", one.number, 2)]
+    one.ack(delivery)
+    one.consumer.flush()
 
     assert holders(sql) == []
 
@@ -1604,6 +1603,83 @@ def test_who_was_away_for_too_long_gets_new_messages_again(
     publish(queue, "a", 1)
 
     assert body(coming.result(DEADLINE)) == b"1"
+
+
+def test_who_was_away_and_gets_back_what_it_still_does_does_it_once(
+    queue: MessageQueue,
+    worker: StartWorker,
+    sql: Sql,
+    tenant_database: TenantDatabase,
+    superuser: Engine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    publish(queue, "a", 1)
+    one = worker({"channel": 3}, grace=0.5)
+    one.consume("a")
+    delivery = one.next()
+    assert delivery is not None
+    stay_away_for_too_long(one, queue, sql, tenant_database, superuser)
+    assert holders(sql) == [(b"1", None, 1)]
+
+    assert one.next(timeout=1) is None
+    assert holders(sql) == [(b"1", one.number, 2)]
+    one.ack(delivery)
+    assert one.next(timeout=1) is None
+
+    assert holders(sql) == []
+    assert "had been given to others" not in caplog.text
+
+
+def test_who_was_away_gives_back_what_it_got_back(
+    queue: MessageQueue, worker: StartWorker, sql: Sql, tenant_database: TenantDatabase, superuser: Engine
+) -> None:
+    publish(queue, "a", 2)
+    one = worker({"channel": 4}, grace=0.5)
+    one.consume("a")
+    first, second = one.next(), one.next()
+    assert first is not None
+    assert second is not None
+    stay_away_for_too_long(one, queue, sql, tenant_database, superuser)
+    assert one.next(timeout=1) is None
+
+    one.consumer.release([first.message])
+    one.consumer.bury(second.message, "it cannot be done")
+
+    assert sql("SELECT body FROM rhesis_tasks.dead_letter") == [(b"2",)]
+    assert holders(sql) == [(b"1", None, 2)]
+    assert body(one.next()) == b"1", "it is not with it any more"
+
+
+def test_what_was_done_by_one_who_was_away_is_not_done_again_by_it(
+    queue: MessageQueue, worker: StartWorker, sql: Sql, tenant_database: TenantDatabase, superuser: Engine
+) -> None:
+    publish(queue, "a", 1)
+    one = worker({"channel": 3}, grace=0.5)
+    one.consume("a")
+    delivery = one.next()
+    assert delivery is not None
+    stay_away_for_too_long(one, queue, sql, tenant_database, superuser)
+    one.ack(delivery)
+
+    assert one.next(timeout=1) is None
+
+    wait_until("the message to go", lambda: holders(sql) == [], DEADLINE)
+
+
+def test_what_has_the_number_of_what_one_did_and_was_never_delivered_is_delivered(
+    queue: MessageQueue, worker: StartWorker, sql: Sql
+) -> None:
+    publish(queue, "a", 1)
+    one = worker({"channel": 3})
+    one.consume("a")
+    assert body(one.next()) == b"1"
+    sql(
+        "UPDATE rhesis_tasks.message "
+        "SET claim_token = NULL, holder = NULL, deliveries = 0, body = 'restored' RETURNING 1"
+    )
+    queue.publish("", "a", "{}", b"2")
+
+    assert {body(one.next()), body(one.next())} == {b"restored", b"2"}
 
 
 # --- cost --------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ OPTIONS: Final = (
         "concurrency",
         "CELERY_WORKER_CONCURRENCY",
         "8",
-        _whole(1),
+        _whole(1, 10_000),
         "How many tasks run at once.",
         celery="--concurrency",
         setting="worker_concurrency",

@@ -152,8 +152,9 @@ def test_an_applications_own_setting_wins_over_a_default(start: Start, monkeypat
 @pytest.mark.parametrize(
     ("variable", "value", "needed"),
     [
-        ("CELERY_WORKER_CONCURRENCY", "zero", "a whole number from 1 on"),
-        ("CELERY_WORKER_CONCURRENCY", "0", "a whole number from 1 on"),
+        ("CELERY_WORKER_CONCURRENCY", "zero", "a whole number from 1 to 10000"),
+        ("CELERY_WORKER_CONCURRENCY", "0", "a whole number from 1 to 10000"),
+        ("CELERY_WORKER_CONCURRENCY", "99999999999", "a whole number from 1 to 10000"),
         ("CELERY_WORKER_PREFETCH_MULTIPLIER", "-1", "a whole number from 1 on"),
         ("CELERY_WORKER_MAX_TASKS_PER_CHILD", "1.5", "a whole number from 1 on"),
         ("CELERY_WORKER_LOGLEVEL", "loud", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),

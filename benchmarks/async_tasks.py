@@ -23,11 +23,11 @@ from typing import Any, Final, TypeAlias
 
 import async_worked
 from arguments import positive
-from broker import stoppable
 from celery import Celery
 from celery.utils.imports import symbol_by_name
 from kombu.message import Message
 from report import machine
+from servers import stoppable
 from tabular import spread, table
 
 from rhesis_tasks import BaseTask, TenantContext, configure, current_tenant, tenant_scope

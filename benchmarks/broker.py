@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from arguments import positive
 from parts import PARTS, Settings, measured, takes_part
 from report import Measurement, Results, machine
-from servers import NAMES, Broker, install, started
+from servers import NAMES, Broker, install, started, stoppable
 from shown import plot, shown, targets
 
 from rhesis_tasks.processes import ChildFailedError
@@ -112,20 +111,6 @@ def _brief(values: Sequence[float]) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, so that nothing that was started stays."""
-
-    def stop(signum: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- the command -----------------------------------------------------------------------------------------------

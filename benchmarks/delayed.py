@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import Any, Final
 import psycopg
 from arguments import positive
 from celery import Celery
-from servers import Broker, started
+from servers import Broker, our_server
 from stage import Stage
 from tabular import table
 
@@ -204,11 +202,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=30, help="default 30")
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     arguments = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        found = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(found, Broker):
-            sys.exit(f"PostgreSQL could not be started: {found[1]}")
+    with our_server() as (found, folder):
         measure(found.url, arguments.messages, arguments.rounds, folder, arguments.markdown)
 
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import psycopg
-from servers import Broker, started
+from servers import our_server
 from tabular import table
 
 from rhesis_tasks.postgres.connection import Connection
@@ -152,11 +149,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="tables for a document")
     arguments = parser.parse_args()
     seconds = 30.0 if arguments.short else arguments.seconds
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        found = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(found, Broker):
-            sys.exit(f"PostgreSQL could not be started: {found[1]}")
+    with our_server() as (found, _):
         for held, places in [(False, True), (False, False), (True, False), (True, True)]:
             if arguments.held_only and not (held and places):
                 continue

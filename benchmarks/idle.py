@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 import psycopg
-from servers import Broker, started
+from servers import Broker, our_server
 
 from rhesis_tasks.processes import child, python
 
@@ -58,11 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="how long each is counted; default 60")
     seconds = parser.parse_args().seconds
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        found = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(found, Broker):
-            sys.exit(f"PostgreSQL could not be started: {found[1]}")
+    with our_server() as (found, folder):
         print("| Workers | Transactions a minute |\n|---|---:|")
         for name, workers in _SETTINGS.items():
             print(f"| {name} | {per_minute(found, list(workers), seconds, folder):,.0f} |", flush=True)

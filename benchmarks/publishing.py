@@ -6,8 +6,6 @@ import argparse
 import importlib
 import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +15,7 @@ from unittest.mock import patch
 
 import psycopg
 from arguments import positive
-from servers import Broker, started
+from servers import Broker, our_server
 from tabular import spread, table
 
 from rhesis_tasks.postgres.connection import Connection
@@ -96,11 +94,7 @@ def main() -> None:
     parser.add_argument("--messages", type=positive, default=500, help="in each; default 500")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        broker = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(broker, Broker):
-            sys.exit(f"PostgreSQL could not be started: {broker[1]}")
+    with our_server() as (broker, folder):
         measure(broker, folder, arguments.rounds, arguments.messages, markdown=arguments.markdown)
 
 

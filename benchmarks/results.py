@@ -20,9 +20,8 @@ from typing import Any, Final
 
 import psycopg
 from arguments import positive
-from broker import stoppable
 from report import machine
-from servers import Broker, started
+from servers import Broker, started, stoppable
 from sqlalchemy import create_engine
 from tabular import spread, table
 

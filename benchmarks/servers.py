@@ -14,15 +14,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from rhesis_tasks.processes import Child, child, free_port, python
 
-__all__ = ["NAMES", "Broker", "MissingError", "install", "started"]
+__all__ = ["NAMES", "Broker", "MissingError", "install", "our_server", "started", "stoppable"]
 
 NAMES: Final = {
     "ours": "rhesis-tasks",
@@ -158,6 +159,34 @@ def started(names: Sequence[str], stack: ExitStack, folder: Path) -> Iterator[Br
                 yield stack.enter_context(_rabbitmq(_own(folder / "rabbitmq")))
         except Exception as error:
             yield name, f"{error}"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, so that nothing that was started stays."""
+
+    def stop(signum: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def our_server() -> Iterator[tuple[Broker, Path]]:
+    """PostgreSQL for ours alone, and a folder; nothing of them stays, however the measurement ends.
+
+    Raises:
+        SystemExit: it cannot be started.
+    """
+    with stoppable(), tempfile.TemporaryDirectory(prefix="rhesis-bench-") as name, ExitStack() as stack:
+        broker = next(iter(started(["ours"], stack, Path(name))))
+        if not isinstance(broker, Broker):
+            sys.exit(f"PostgreSQL could not be started: {broker[1]}")
+        yield broker, Path(name)
 
 
 def _own(folder: Path) -> Path:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import sys
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from arguments import positive
 from horizon import held_horizon
-from servers import Broker, started
+from servers import our_server
 
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.engines import new_engine
@@ -64,11 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=positive, default=20_000, help="how many; default 20000")
     arguments = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        found = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(found, Broker):
-            sys.exit(f"PostgreSQL could not be started: {found[1]}")
+    with our_server() as (found, _):
         measure(found.url, arguments.messages)
 
 

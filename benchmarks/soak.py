@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Any, Final
 
 import psycopg
 from arguments import positive
-from broker import stoppable
 from report import machine
-from servers import Broker, started
+from servers import Broker, our_server
 from soaked import Samples, plot, shown
 
 from rhesis_tasks.postgres.engines import new_engine
@@ -171,11 +169,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG; needs matplotlib")
     arguments = parser.parse_args()
-    with stoppable(), ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhesis-bench-")))
-        broker = next(iter(started(["ours"], stack, folder)))
-        if not isinstance(broker, Broker):
-            sys.exit(f"PostgreSQL could not be started: {broker[1]}")
+    with our_server() as (broker, _):
         facts = machine({broker.name: broker.version})
         samples, more = measure(broker, arguments.seconds, arguments.rate, collect=arguments.collect)
     facts |= {"seconds": arguments.seconds, "rate": arguments.rate, **more}

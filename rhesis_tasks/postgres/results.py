@@ -297,6 +297,10 @@ class PostgresBackend(DatabaseBackend):
         finally:
             if stores:
                 self.store_result(task_id, result, state, request=request)
+        # Whoever waits for a chain waits for its last task, and began to before that was on record.  (By now Celery 5.6
+        # has taken off the list what it has launched.)
+        if request is not None and request.chain is not None and len(request.chain) <= 1 and request.children:
+            self.records.call_who_waits(_organization(_tenant_of(request)), request.children[-1].id)
 
     def mark_as_failure(
         self,
@@ -472,8 +476,8 @@ class PostgresBackend(DatabaseBackend):
                     row = None
                 if row is not None and State(row["state"]) in TERMINAL:
                     return self._meta(task_id, row)
-                # Nothing is said of the end of a task that has no record yet, such as the next ones of a chain.  Of a
-                # chord's body it is said that it has one.
+                # Nothing is said of the end of a task that has no record yet, such as the next ones of a chain.  Of its
+                # last one, and of a chord's body, it is said that it has one.
                 is_told = hears and row is not None and row["wanted_until"] is not None
                 ask_at = time.monotonic() + (WANTED_FOR / 2 if is_told else interval)
                 is_wanted = _heard(has_ended, ask_at, deadline, interval, on_interval) and is_told

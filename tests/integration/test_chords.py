@@ -121,6 +121,17 @@ def test_who_waits_for_a_body_that_is_not_on_record_yet_is_told_and_does_not_loo
         assert result.get(timeout=3600, interval=3600) == [1, 2]
 
 
+@ON_PREFORK
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("length", [2, 4])
+def test_who_waits_for_a_chain_is_told_that_its_last_task_is_on_record(rig: Rig, length: int) -> None:
+    steps = [rig.tasks.echo.s(1).set(countdown=1), *[rig.tasks.echo.s() for _ in range(length - 1)]]
+    with tenant_scope(A):
+        result = chain(*steps).apply_async()
+
+        assert result.get(timeout=3600, interval=3600) == 1
+
+
 # --- what a body gets --------------------------------------------------------------------------------------------
 
 

@@ -454,9 +454,10 @@ def test_the_command_runs_flower_until_it_is_asked_to_stop(rig: Rig) -> None:
 
 
 BESIDE = """
-import sys, time
+import signal, sys, time
 from rhesis_tasks.flower import flower_process
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 with flower_process("flower_tasks", port=int(sys.argv[1])) as flower:
     print("flower is", flower.pid, flush=True)
     flower.wait()

@@ -73,7 +73,14 @@ class Rig:
 
     def settle(self) -> None:
         """Wait until there is nothing to do any more."""
-        wait_until("all messages to be done", lambda: not self.owned("SELECT id FROM rhesis_tasks.message"), TIMEOUT)
+        left = (
+            "SELECT tableoid::regclass::text, queue, task_name, task_id, holder, deliveries, due_at, published_at "
+            "FROM rhesis_tasks.message"
+        )
+        try:
+            wait_until("all messages to be done", lambda: not self.owned(left), TIMEOUT)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {self.owned(left)}") from None
 
     def owned(self, query: str, **parameters: Any) -> list[Any]:
         with self.database.owner.connect() as connection:

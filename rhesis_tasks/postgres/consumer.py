@@ -580,7 +580,7 @@ class Consumer:
                 self._waiting_for = set()
             ahead = [each.message.token for each in self._buffer if each.message.token is not None]
             with self._held_lock:  # what is acknowledged at this moment is in one of both
-                ours = [*self._held.values(), *(token for _, token in self._acks)]
+                ours = [*self._held.values(), *(token for _, token in list(self._acks))]
             still = self._queue.agree(self.number, [*ours, *ahead])
         except BaseException:
             self._reaped = self._reaped or is_back  # nothing is agreed

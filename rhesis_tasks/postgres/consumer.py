@@ -123,7 +123,7 @@ class Consumer:
         self._subscriptions: dict[str, Subscription] = {}
         self._buffer: deque[Delivery] = deque()
         self._held: dict[int, int] = {}  # what was handed out and not acknowledged: its id, and the token of its claim
-        self._held_lock = threading.Lock()  # between acknowledging and having it claimed once more
+        self._held_lock = threading.RLock()  # between acknowledging and having it claimed once more; reentrant as below
         self._alone: int | None = None  # the id of a message with which nothing else is claimed, while it is held
         self._done: set[int] = set()  # the ids of what was done too late, and is there to be done again
         self._acks: deque[tuple[int, int]] = deque()

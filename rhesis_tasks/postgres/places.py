@@ -19,8 +19,10 @@ __all__ = ["Places"]
 
 # A claim that takes longer than this walks past something, or the server is busy: then the other way costs no less.
 _LONG: Final = 0.02
-# From the beginning it is walked for one part of the time.
+# From the beginning it is walked for one part of the time, but after so many seconds at the latest: what took long may
+# have been a disk or a lock that was waited for, and nothing that is walked past.
 _PART: Final = 1 / 20
+_LATEST: Final = 5.0
 # So long ago, since what is published at the same time is not committed in the order of its ids.
 _BACK: Final = 0.5
 
@@ -41,7 +43,7 @@ class Places:
     @property
     def again_at(self) -> float:
         """When to walk from the beginning again, by the clock."""
-        return self._walked_at + self._cost / _PART if self._cost > _LONG else self._walked_at
+        return self._walked_at + min(self._cost / _PART, _LATEST) if self._cost > _LONG else self._walked_at
 
     def starts(self, queues: Iterable[str]) -> dict[str, Place]:
         """From where to walk now; queues that are not in it from the beginning."""

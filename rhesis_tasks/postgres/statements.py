@@ -1,7 +1,7 @@
 """The statements of one psycopg connection: parsed and planned once by the server, sent and read with little ado.
 
-psycopg's cursor does the same and more, such as a description of what it has read; that is half of a process's work for
-a message that it publishes (``benchmarks/broker.py``).  How to adapt, to wait and what to raise stays psycopg's.
+psycopg's cursor does the same and more, such as a description of what it has read, which costs each message something.
+How to adapt, to wait and what to raise stays psycopg's.
 
 Needs psycopg when it is imported.
 """

@@ -76,6 +76,17 @@ def test_from_the_beginning_it_is_walked_for_a_twentieth_of_the_time() -> None:
     assert 10 <= whole <= 16
 
 
+def test_after_a_claim_that_was_kept_waiting_it_is_soon_walked_from_the_beginning() -> None:
+    walker = Walker()
+    walker.claim(message(1), takes=0.001)
+    walker.clock.now += 1
+    walker.claim(message(2), takes=30)
+    assert walker.claim(message(3), takes=0.001) != {}
+    walker.clock.now += 5
+
+    assert walker.claim(message(4), takes=0.001) == {}
+
+
 def test_when_it_is_quick_again_it_is_as_it_was() -> None:
     walker = Walker()
     walker.claim(message(1), takes=0.001)

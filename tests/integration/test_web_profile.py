@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from broker_rig import PostgresServer, running_proxy, running_server
+from broker_rig import PostgresServer, TcpProxy, running_proxy, running_server
 from celery import Celery
 from kombu.exceptions import OperationalError
 
@@ -80,27 +80,28 @@ def stopped_server(stack: ExitStack, task_on: Callable[[str], Any]) -> Any:
 
 def cut_network(stack: ExitStack, task_on: Callable[[str], Any]) -> Any:
     """It was there at the last launch; the connection is reset, and there is no way to it any more."""
-    server = stack.enter_context(running_server())
-    database = stack.enter_context(new_tenant_database(server.url))
-    proxy = stack.enter_context(running_proxy(server.port))
-    url = database_url(database.url).set(drivername="postgresql", port=proxy.port)
-    task = task_on(url.render_as_string(hide_password=False))
-    delay(task)
+    task, proxy = launched_through_proxy(stack, task_on)
     proxy.refuse()
     return task
 
 
 def lost_to_silence(stack: ExitStack, task_on: Callable[[str], Any]) -> Any:
     """The connection is reset, and whoever connects anew is not answered."""
+    task, proxy = launched_through_proxy(stack, task_on)
+    proxy.hold()
+    proxy.cut()
+    return task
+
+
+def launched_through_proxy(stack: ExitStack, task_on: Callable[[str], Any]) -> tuple[Any, TcpProxy]:
+    """A task that was launched once, and the proxy between it and the server."""
     server = stack.enter_context(running_server())
     database = stack.enter_context(new_tenant_database(server.url))
     proxy = stack.enter_context(running_proxy(server.port))
     url = database_url(database.url).set(drivername="postgresql", port=proxy.port)
     task = task_on(url.render_as_string(hide_password=False))
     delay(task)
-    proxy.hold()
-    proxy.cut()
-    return task
+    return task, proxy
 
 
 @pytest.mark.newest_only

@@ -4,22 +4,30 @@ Celery's warm shutdown waits for what runs, however long that takes.  Here it ha
 to shut down cold, which stops what runs and lets its messages be given back.  If that does not end the process within
 moments (threads cannot be stopped), it is ended here.  Whoever tells the worker to stop a second time does not want to
 wait at all.
+
+When Celery's consumer ends it forgets what its pool's processes have been given and have not begun with.  They do it
+all the same: it would stay without an acknowledgement, be done a second time by another worker, and the processes would
+wait half a minute to be asked for its result.  Here it is remembered.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
+from celery import bootsteps
 from celery.concurrency import solo
 from celery.signals import worker_shutting_down
 from celery.worker import state as worker_state
+from typing_extensions import override
 
-__all__ = ["StopBound"]
+__all__ = ["GivenJobs", "StopBound"]
 
 _log = logging.getLogger(__name__)
 state: Any = worker_state
@@ -87,3 +95,27 @@ class StopBound:
     def _give_back(self) -> None:
         with suppress(Exception):
             self._worker.consumer.connection.transport._end_consumer()
+
+
+class GivenJobs(bootsteps.Step):
+    """A step of the consumer's: when the worker stops, its pool remembers the jobs that its processes have been given.
+
+    When a connection is lost they stay forgotten, as with Celery alone: what it has delivered is delivered again.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    @override
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        parent.blueprint.on_close = functools.partial(_close, parent, parent.blueprint.on_close)
+
+
+def _close(consumer: Any, on_close: Callable[[], None]) -> None:
+    """Let a consumer close, which takes all jobs from its pool that have not begun; put back what is begun anyway."""
+    pool = getattr(consumer.pool, "_pool", None)
+    jobs = getattr(pool, "_cache", None)  # only a pool of processes has one
+    given = [job for job in (jobs or {}).values() if job._write_to is not None and not job._accepted]
+    on_close()
+    if jobs is not None and state.should_terminate in (None, False):
+        jobs.update((job._job, job) for job in given if job._write_to._is_alive())

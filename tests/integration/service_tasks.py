@@ -46,6 +46,15 @@ def wait_for(started: str, gate: str, seconds: float = 100) -> None:
         time.sleep(0.05)
 
 
+def _note(path: str) -> None:
+    with Path(path).open("a") as file:
+        file.write("done\n")
+
+
+note_early = app.task(_note, base=BaseTask, name="note_early", tenant_required=False, acks_late=False)
+note_late = app.task(_note, base=BaseTask, name="note_late", tenant_required=False, acks_late=True)
+
+
 def _wedge(gate: Path, consumer: object) -> None:
     """Hold up the consumer's loop while there is a file named like the gate."""
     while gate.exists():

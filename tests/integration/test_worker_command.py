@@ -278,6 +278,30 @@ def test_what_still_runs_at_the_bound_is_given_back_uncounted_and_the_worker_end
     wait_until("another worker to do it", lambda: messages(tenant_database) == [])
 
 
+@pytest.mark.parametrize("task", ["note_early", "note_late"])  # when they are acknowledged
+def test_what_a_process_was_given_but_has_not_begun_is_done_once_and_the_worker_ends(
+    start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, task: str
+) -> None:
+    worker = start(CELERY_WORKER_CONCURRENCY="1", CELERY_WORKER_PREFETCH_MULTIPLIER="1")
+    begin(launcher, tmp_path).touch()
+    wait_until("the first task to be done", lambda: messages(tenant_database) == [])
+    process = int(Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text())
+    os.kill(process, signal.SIGSTOP)
+    line = tmp_path / "line"
+    launcher.send_task(task, (str(line),))
+    worker.wait_for(f"Task {task}")  # received
+    time.sleep(1)  # nothing says that the process has been given it,
+
+    worker.process.send_signal(signal.SIGTERM)
+    worker.wait_for("Warm shutdown")
+    time.sleep(1)  # nor that the worker has told its pool to stop
+    os.kill(process, signal.SIGCONT)
+
+    assert ended(worker) == 0
+    assert messages(tenant_database) == []
+    assert line.read_text() == "done\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_wait_for_the_bound(
     start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, number: signal.Signals

@@ -106,8 +106,8 @@ def shared_engine(url: str) -> Engine:
 def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool = False) -> list[Any]:
     """Run one statement on a shared engine, in a transaction of its own; returns its rows, as tuples or dicts.
 
-    With the engine's pool and errors, but psycopg's own cursor: SQLAlchemy's Connection and Result would cost the
-    process more than all that psycopg does.
+    With the engine's pool and errors only: SQLAlchemy's Connection and Result would cost the process more than all that
+    psycopg does.
 
     Args:
         engine: as :func:`shared_engine` returns it.
@@ -119,7 +119,8 @@ def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool
         DBAPIError: as SQLAlchemy raises it; a lost connection has taken the others in the pool along.
     """
     from psycopg import Error
-    from psycopg.rows import dict_row
+
+    from .statements import Statements
 
     try:
         pooled = engine.raw_connection()
@@ -127,8 +128,11 @@ def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool
         raise unavailable(engine, error) from None
     connection: Any = pooled.driver_connection
     try:
-        cursor = connection.cursor(row_factory=dict_row) if as_dicts else connection.cursor()
-        rows: list[Any] = cursor.execute(statement, values).fetchall()
+        if (statements := pooled.info.get(Statements)) is None:
+            statements = pooled.info[Statements] = Statements(
+                connection, prepares=connection.prepare_threshold is not None
+            )
+        rows: list[Any] = statements.run(statement, values, as_dicts=as_dicts)
     except Error as error:
         if is_lost := bool(connection.closed):
             engine.pool._invalidate(pooled, error)  # as SQLAlchemy's own Connection does

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -40,8 +40,11 @@ class Statements:
         self._names: dict[tuple[bytes, tuple[int, ...]], bytes | None] = {}  # None: was run once, not prepared yet
         self._numbers = itertools.count(1)
 
-    def run(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement with its parameters in the places of ``%s`` and, for bytes, ``%b``; returns its rows.
+    def run(self, sql: str, parameters: Sequence[Any] = (), *, as_dicts: bool = False) -> list[Any]:
+        """Run one statement with its parameters in the places of ``%s`` and, for bytes, ``%b``.
+
+        Returns:
+            its rows: as tuples, or as dicts by the columns' names.
 
         Raises:
             psycopg.Error: as psycopg's cursor does.
@@ -61,7 +64,7 @@ class Statements:
             if result.status != ExecStatus.TUPLES_OK:
                 return []
             adapter.set_pgresult(result)
-            return adapter.load_rows(0, result.ntuples, tuple)
+            return adapter.load_rows(0, result.ntuples, _dicts(result, self.raw.info.encoding) if as_dicts else tuple)
 
     def _name(self, query: bytes, types: tuple[int, ...]) -> bytes | None:
         """What the server calls the statement; None if it does not have it, since it is run for the first time."""
@@ -83,6 +86,12 @@ class Statements:
             if result.status == ExecStatus.FATAL_ERROR:
                 raise error_from_result(result, encoding=self.raw.info.encoding)
         return results[0]
+
+
+def _dicts(result: PGresult, encoding: str) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """What makes a dict of a row."""
+    names = [(result.fname(column) or b"").decode(encoding) for column in range(result.nfields)]
+    return lambda row: dict(zip(names, row, strict=True))
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import logging
 import os
 import runpy
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NoReturn
 
+from . import logs
 from .errors import ConfigurationError, MissingExtraError
 
 __all__ = ["DEFAULT_ADDRESS", "DEFAULT_PORT", "become_flower", "flower_command", "flower_process"]
@@ -156,7 +158,16 @@ def _end_with(parent: int) -> None:
     os._exit(1)  # it hangs
 
 
+def _write_json() -> None:
+    """Let Flower's log be JSON: it adds a handler of its own only where there is none."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logs.JsonFormatter())
+    logging.getLogger().addHandler(handler)
+
+
 def _main() -> None:
+    if logs.is_json_wanted():
+        _write_json()
     parent = os.environ.get(_PARENT, "")
     if parent.isdecimal():
         threading.Thread(target=_end_with, args=(int(parent),), name="end with the parent", daemon=True).start()

@@ -30,6 +30,7 @@ __all__ = [
     "fields",
     "install",
     "install_json",
+    "is_json_wanted",
     "uninstall",
 ]
 
@@ -43,6 +44,8 @@ TASK_LOG_FORMAT: Final = (
     "[%(asctime)s: %(levelname)s/%(processName)s] [org=%(organization_id)s user=%(user_id)s] "
     "%(task_name)s[%(task_id)s]: %(message)s"
 )
+
+_LOG_IS_SET_UP: Final = (after_setup_logger, after_setup_task_logger)
 
 _previous: Callable[..., logging.LogRecord] | None = None
 
@@ -97,6 +100,8 @@ def install() -> None:
     global _previous
     if _previous is None:
         celeryd_init.connect(_before_the_log, weak=False, dispatch_uid=f"{__name__}.json")
+        for signal in _LOG_IS_SET_UP:
+            signal.connect(_write_as_wanted, weak=False, dispatch_uid=f"{__name__}.format")
         _previous = logging.getLogRecordFactory()
         logging.setLogRecordFactory(_make_record)
 
@@ -108,6 +113,8 @@ def uninstall() -> None:
         logging.setLogRecordFactory(_previous)
         _previous = None
         celeryd_init.disconnect(dispatch_uid=f"{__name__}.json")
+        for signal in _LOG_IS_SET_UP:
+            signal.disconnect(dispatch_uid=f"{__name__}.format")
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -145,10 +152,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def is_json_wanted() -> bool:
+    """Whether LOG_FORMAT asks for JSON."""
+    return os.environ.get("LOG_FORMAT", "").strip().lower() == "json"
+
+
 def install_json() -> None:
     """Let the log of this process's worker be JSON, Celery's own lines too; again it changes nothing."""
-    after_setup_logger.connect(_write_json, weak=False, dispatch_uid=f"{__name__}.json")
-    after_setup_task_logger.connect(_write_json, weak=False, dispatch_uid=f"{__name__}.json")
+    for signal in _LOG_IS_SET_UP:
+        signal.connect(_write_json, weak=False, dispatch_uid=f"{__name__}.json")
     # The log is set up already when a worker's steps are made.
     for name in ("", "celery", "celery.task", "celery.redirected"):
         _write_json(logging.getLogger(name))
@@ -163,9 +175,15 @@ def _write_json(logger: logging.Logger, **_: object) -> None:
             handler.setFormatter(JsonFormatter())
 
 
+def _write_as_wanted(logger: logging.Logger, **_: object) -> None:
+    """Celery has set up a log: a worker's, or beat's, which has no step of ours."""
+    if is_json_wanted():
+        _write_json(logger)
+
+
 def _before_the_log(**_: object) -> None:
     """A worker begins: what is warned of before its log is set up (of running as root) is JSON, too."""
-    if os.environ.get("LOG_FORMAT", "").strip().lower() == "json":
+    if is_json_wanted():
 
         def show(message: object, category: type[Warning], *_: object, **__: object) -> None:
             _say(f"{category.__name__}: {message}")

@@ -37,3 +37,22 @@ def test_a_schedule_launches_for_a_tenant_it_names_or_across_tenants_and_for_nob
         assert beat.running, "what is refused does not stop it"
 
     assert seen() == wanted
+
+
+def test_beat_and_its_schedule_log_json_with_the_fields_of_the_context(
+    tenant_database: TenantDatabase, tmp_path: Path
+) -> None:
+    env = {"DATABASE_URL": tenant_database.url, "BEAT_FILE": str(tmp_path / "seen"), "LOG_FORMAT": "json"}
+    command = python(
+        "-m", "celery", "-q", "-A", "beat_tasks", "beat", "-l", "INFO", "--schedule", str(tmp_path / "schedule")
+    )
+    with child("beat", command, env=env, cwd=HERE) as beat:
+        beat.wait_for("Sending due task")
+        beat.wait_for("task beat_tasks.digest needs a tenant")
+
+    lines = [json.loads(line) for line in beat.finished_output().splitlines()]
+    sent = next(line for line in lines if "Sending due task" in line["message"])
+    assert lines[0]["message"] == "beat: Starting..."
+    assert (sent["level"], sent["logger"], sent["process"]) == ("INFO", "celery.beat", "MainProcess")
+    assert (sent["organization_id"], sent["user_id"]) == ("-", "-")
+    assert any("needs a tenant" in line.get("exception", "") for line in lines)

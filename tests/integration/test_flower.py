@@ -453,6 +453,17 @@ def test_the_command_runs_flower_until_it_is_asked_to_stop(rig: Rig) -> None:
         assert flower.process.wait(TIMEOUT) == 0
 
 
+def test_flower_logs_json_where_that_is_wanted(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_FORMAT", "json")
+    with running_flower(rig.url, {}) as (flower, port):
+        flower.wait_for("Registered tasks", TIMEOUT)
+
+    lines = [json.loads(line) for line in flower.finished_output().splitlines()]
+    visit = next(line for line in lines if line["message"].startswith("Visit me at"))
+    assert visit["message"].endswith(f":{port}")
+    assert (visit["level"], visit["logger"], visit["organization_id"]) == ("INFO", "flower.command", "-")
+
+
 BESIDE = """
 import signal, sys, time
 from rhesis_tasks.flower import flower_process

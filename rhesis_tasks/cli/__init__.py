@@ -5,9 +5,16 @@ One file for each command or group of commands.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import click
+from typing_extensions import override
 
 from ..errors import RhesisTasksError
 from .demo import demo
@@ -20,7 +27,49 @@ from .worker import worker
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """End quietly, as if by SIGPIPE, where nobody reads any more what this process prints, as after ``| head -1``.
+
+    Not by the signal itself, which would end it in the middle of something, and where a connection is lost.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not unread:
+            raise click.ClickException(f"a connection was lost: {error}") from error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:
+            os.dup2(nowhere, stream.fileno())  # for what Python flushes at its end
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_no_reader(stream: TextIO | None) -> bool:
+    """Whether nobody reads what is written there."""
+    looked = select.poll()
+    try:
+        looked.register(-1 if stream is None else stream.fileno(), 0)
+    except (OSError, ValueError):  # it is no file, or a closed one
+        return False
+    return bool(looked.poll(0))
+
+
+class _Commands(click.Group):
+    """Takes a broken pipe for what it is.  Click ends quietly with 1, a failure's code, also for a connection's."""
+
+    @override
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _until_nobody_reads():  # --help
+            return super().make_context(*args, **kwargs)
+
+    @override
+    def invoke(self, ctx: click.Context) -> Any:
+        with _until_nobody_reads():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rhesis-tasks")
 def commands() -> None:
     """Celery tasks that know their tenant."""
@@ -32,14 +81,18 @@ for command in (demo, flower, schema, tasks, tenants, worker):
 
 def main() -> None:
     """The entry point: errors of ours are a message and an exit code, not a traceback."""
-    try:
-        commands(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
-    except RhesisTasksError as error:
-        click.echo(f"rhesis-tasks: {error}", err=True)
-        sys.exit(getattr(error, "exit_code", 1))
+    with _until_nobody_reads():
+        try:
+            commands(standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except RhesisTasksError as error:
+            click.echo(f"rhesis-tasks: {error}", err=True)
+            sys.exit(getattr(error, "exit_code", 1))
+        finally:
+            if sys.stdout is not None:  # None if it was closed from the beginning
+                sys.stdout.flush()  # what an application's modules have printed

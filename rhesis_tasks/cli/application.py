@@ -38,8 +38,8 @@ def application(name: str) -> Celery:
     sys.path.insert(0, os.getcwd())  # as celery does
     try:
         found = find_app(name)
-    except RhesisTasksError:
-        raise  # says itself what is wrong
+    except (RhesisTasksError, BrokenPipeError):
+        raise  # says itself what is wrong; or nobody reads what the module prints
     except Exception as error:  # whatever a module raises as it is imported
         raise click.ClickException(f"there is no Celery application {name!r}: {_reason(error)}") from error
     if not isinstance(found, Celery):

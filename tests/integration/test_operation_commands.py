@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -298,6 +299,27 @@ def test_a_tenant_is_offboarded(scene: Scene, command: Command) -> None:
     assert scene.messages() == {}
     assert command("show", scene.waiting).code == 1
     assert again.errors == f"Error: there is nothing of an organization {scene.organization}\n"
+
+
+def test_a_change_is_wholly_done_though_nobody_reads_what_it_came_to(scene: Scene) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    which = ("-A", "operation_tasks", "--organization", scene.organization, "--yes", "--operator", "olga")
+    done = subprocess.run(
+        python("-c", MAIN, "tasks", "purge", *which),
+        cwd=HERE,
+        env={**os.environ, "DATABASE_URL": scene.database.url},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert set(scene.messages()) == {scene.running, scene.dead}
+    assert scene.audit() == [("purge", "olga")]
 
 
 # --- wrong input ---------------------------------------------------------------------------------------------------

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import email.utils
-import time
+import dataclasses
 from types import TracebackType
 from typing import Final, Self
 
 import httpx2 as httpx
 
-from rhesis_tasks import RetryPolicy
+from rhesis_tasks.retry import HTTP
 
-__all__ = ["FAILURES", "PATIENT", "Provider", "RefusedError", "UnavailableError", "seconds_to_wait"]
-
-
-class RefusedError(Exception):
-    """The provider has no score for this prompt, and never will."""
+__all__ = ["FAILURES", "PATIENT", "NoScoreError", "Provider"]
 
 
-class UnavailableError(Exception):
-    """The provider does not answer now: it has failed, or was asked too often."""
-
-    def __init__(self, status: int, retry_after: float | None) -> None:
-        self.retry_after = retry_after  #: how many seconds it asks to wait
-        super().__init__(f"the provider answered {status}")
+class NoScoreError(Exception):
+    """The provider has answered, without a score."""
 
 
 class Provider:
@@ -56,50 +47,23 @@ class Provider:
         """The prompt's score, of one attempt.
 
         Raises:
-            UnavailableError: the answer was 429 or 5xx.
-            RefusedError: it was another error, or no score.
+            httpx2.HTTPStatusError: the answer was an error.
             httpx2.TransportError: there was none.
+            NoScoreError: there was one, which has no score.
         """
         response = await self._http.post("/evaluate", json={"prompt": prompt})
-        if response.status_code == 429 or response.is_server_error:
-            raise UnavailableError(response.status_code, seconds_to_wait(response.headers.get("Retry-After")))
-        if not response.is_success:
-            raise RefusedError(f"the provider answered {response.status_code}")
+        response.raise_for_status()
         try:
             return float(response.json()["score"])
         except (ValueError, TypeError, KeyError) as error:
-            raise RefusedError(f"the provider's answer has no score: {response.text:.80}") from error
+            raise NoScoreError(f"the provider's answer has no score: {response.text:.80}") from error
 
 
-FAILURES: Final = (RefusedError, UnavailableError, httpx.TransportError)
+FAILURES: Final = (httpx.HTTPStatusError, httpx.TransportError, NoScoreError)
 """What an attempt may end with that is not our fault."""
 
-
-def seconds_to_wait(retry_after: str | None) -> float | None:
-    """What a ``Retry-After`` header says, in either form of RFC 9110: seconds, or a date.  None if it says nothing."""
-    if retry_after is None:
-        return None
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except ValueError:
-        return None
-
-
-def _asked_for(error: BaseException) -> float | None:
-    return error.retry_after if isinstance(error, UnavailableError) else None
-
-
-PATIENT: Final = RetryPolicy(
-    max_retries=8,
-    base=0.1,
-    factor=1.5,
-    cap=60.0,
-    retry_on=(UnavailableError, httpx.TransportError),
-    retry_after=_asked_for,
-)
-"""For each prompt: up to nine attempts, none earlier than the provider wants.
+PATIENT: Final = dataclasses.replace(HTTP, max_retries=8, base=0.1, factor=1.5, cap=60.0)
+"""For each prompt: up to nine attempts after 429, 5xx or no answer, none earlier than the provider wants.
 
 Being sent away with 429 uses up an attempt, too, so there are more than failures alone would need.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import importlib
 import os
 import re
@@ -13,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 
 from rhesis_tasks.processes import Child, child, python, wait_until
+from rhesis_tasks.retry import GiveUp, RetryLater
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 COMMAND = python("-m", "async_batch.run")
@@ -24,6 +25,7 @@ PROMPTS = 60
 FAILURES = {"acme": 5, "globex": 2}
 """How many of them the provider never answers, by its default seed."""
 TIMEOUT = 100
+NOW, FUTURE = "Wed, 01 May 2024 12:00:00 GMT", "Wed, 01 May 2024 12:00:30 GMT"
 
 
 def scratch(folder: Path) -> dict[str, str]:
@@ -170,12 +172,23 @@ def test_a_useless_number_of_prompts_is_refused() -> None:
     assert "Creating" not in done.stdout
 
 
-def test_retry_after_is_understood_as_seconds_and_as_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("status", "headers", "expected"),
+    [
+        (429, {"Retry-After": "7"}, RetryLater(7.05)),
+        (503, {"Retry-After": FUTURE, "Date": NOW}, RetryLater(30.05)),
+        (500, {}, RetryLater(0.05)),
+        (401, {"Retry-After": "7"}, GiveUp("when() says no to HTTPStatusError")),
+    ],
+)
+def test_a_prompt_is_asked_again_when_the_provider_wants_it(
+    monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str], expected: RetryLater | GiveUp
+) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     client = importlib.import_module("async_batch.client")
-    soon = email.utils.formatdate(time.time() + 60, usegmt=True)
+    answer = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", "http://provider/evaluate"))
 
-    said = [client.seconds_to_wait(header) for header in (None, "7", " 0 ", "soon", "")]
+    with pytest.raises(client.FAILURES) as failed:
+        answer.raise_for_status()
 
-    assert said == [None, 7.0, 0.0, None, None]
-    assert 55 < client.seconds_to_wait(soon) <= 61
+    assert client.PATIENT.decide(failed.value, retries=0, rng=lambda: 0.5) == expected

@@ -139,8 +139,13 @@ def count_table(counts: Iterable[MessageCount], title: str) -> Iterator[str]:
         yield f"{each.state:9}{each.number:>10,}{_age(now - each.oldest):>8}  {each.name or '-'}"
 
 
-def operation_lines(done: Operation) -> Iterator[str]:
-    """What an operation came to, or would."""
+def operation_lines(done: Operation, bounded: str | None = None) -> Iterator[str]:
+    """What an operation came to, or would.
+
+    Args:
+        done: the operation.
+        bounded: the command that does it to what was counted alone, where there is one.
+    """
     yield f"{done.action} of {_filter_text(done.filter.values())}"
     yield f"{'':12}{'before':>10}" + ("" if done.is_dry_run else f"{'after':>10}")
     for state, number in done.before.items():
@@ -150,7 +155,10 @@ def operation_lines(done: Operation) -> Iterator[str]:
         yield f"{'':2}{name:10}{number:>10,}"
     if done.records is None:
         yield "No record of a task is touched: results are kept elsewhere."
-    if done.is_dry_run:
+    if done.is_dry_run and bounded is not None:
+        yield "Nothing was changed.  Do it with --yes; without what is published from now on:"
+        yield f"  {bounded}"
+    elif done.is_dry_run:
         yield "Nothing was changed.  Do it with --yes."
     else:
         yield f"Done by {done.operator}, audit record {done.id}."

@@ -11,6 +11,7 @@ does nothing but count unless ``dry_run=False``.  It goes in batches: interrupte
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import time
@@ -85,6 +86,7 @@ class Operation:
     filter: MessageFilter
     is_dry_run: bool
     id: uuid.UUID  #: its audit records'
+    counted_at: datetime.datetime  #: by the database's clock; what is published from then on may not be in ``before``
     before: Mapping[MessageState, int]  #: how many messages the filter meant
     after: Mapping[MessageState, int]  #: and does now
     counts: Mapping[str, int]  #: what was done, or would be, as the audit record says it
@@ -296,6 +298,7 @@ class _Run:
         self.app, self.action, self.operator, self.which, self.dry_run = app, action, operator, which, dry_run
         self.id = uuid.uuid4()
         self.table = _table(app)
+        self.counted_at = self.table.now()
         self.before = self.table.count(which)
         self.done: Counter[str] = Counter()
 
@@ -415,6 +418,7 @@ class _Run:
             filter=self.which,
             is_dry_run=self.dry_run,
             id=self.id,
+            counted_at=self.counted_at,
             before=self.before,
             after=self.before if self.dry_run else self.table.count(self.which),
             counts={name: number for name, number in counts.items() if number},

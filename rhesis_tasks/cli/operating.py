@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -113,11 +114,26 @@ def say(done: Operation, as_json: bool, nothing: str) -> None:
     if as_json:
         click.echo(to_json({**_summary(done), "found": done.found}))
     elif done.found:
-        for line in operation_lines(done):
+        for line in operation_lines(done, _bounded(done)):
             click.echo(line)
     if not done.found:
         click.echo(f"Error: {nothing}", err=True)
         sys.exit(1)
+
+
+def _bounded(done: Operation) -> str | None:
+    """The command with --yes and a bound, so that what is published after a look is left alone.
+
+    None where a bound would change nothing: for one task, for what is bounded already, for dead letters, which are
+    older than their death, and for a tenant that leaves.
+    """
+    which = done.filter
+    bound = done.counted_at - datetime.timedelta(seconds=which.older_than or 0)
+    is_bounded = which.task_id is not None or (which.published_before is not None and which.published_before <= bound)
+    if is_bounded or done.action == "offboard" or not {"waiting", "delayed", "running"} & {*(which.states or ())}:
+        return None
+    time = bound.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")
+    return shlex.join(["rhesis-tasks", *sys.argv[1:], "--yes", "--published-before", time])
 
 
 def _summary(done: Operation) -> dict[str, Any]:
@@ -126,6 +142,7 @@ def _summary(done: Operation) -> dict[str, Any]:
         "operator": done.operator,
         "dry_run": done.is_dry_run,
         "filter": done.filter.values(),
+        "counted_at": done.counted_at,
         "before": done.before,
         "after": done.after,
         "counts": done.counts,

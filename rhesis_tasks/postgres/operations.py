@@ -185,6 +185,12 @@ class OperationTable(RecordTable):
         rows = self._call("operation_messages", (_json(which), -1 if after is None else after, limit))
         return [MessageInfo(**{**row, "state": MessageState(row["state"])}) for row in rows]
 
+    def now(self) -> datetime.datetime:
+        """The time by the server's clock, which says when messages are published."""
+        [row] = self._run("SELECT clock_timestamp()", ())
+        found: datetime.datetime = row[0]
+        return found
+
     def count(self, which: MessageFilter) -> dict[MessageState, int]:
         """How many there are in each state."""
         rows = self._call("operation_count", (_json(which),))

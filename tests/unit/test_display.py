@@ -46,6 +46,7 @@ def operation(**values: Any) -> Operation:
         "filter": MessageFilter(organization_id="acme", states=[MessageState.WAITING]),
         "is_dry_run": False,
         "id": uuid.UUID(UUID),
+        "counted_at": TWO_HOURS_AGO,
         "before": {MessageState.WAITING: 1200},
         "after": {MessageState.WAITING: 0},
         "counts": {"waiting": 1200, "records": 1100},
@@ -112,6 +113,15 @@ def test_what_would_be_done_says_that_nothing_was_and_where_no_record_is_touched
     assert lines[-2:] == [
         "No record of a task is touched: results are kept elsewhere.",
         "Nothing was changed.  Do it with --yes.",
+    ]
+
+
+def test_a_command_for_what_was_counted_alone_is_the_last_line() -> None:
+    lines = list(operation_lines(operation(is_dry_run=True), "rhesis-tasks tasks purge ..."))
+
+    assert lines[-2:] == [
+        "Nothing was changed.  Do it with --yes; without what is published from now on:",
+        "  rhesis-tasks tasks purge ...",
     ]
 
 

@@ -310,7 +310,7 @@ def revoke_command(**arguments: Any) -> None:
 @_all
 @operating
 def terminate_command(**arguments: Any) -> None:
-    """The same; besides, the worker ends the process of what runs (prefork)."""
+    """Stop tasks as revoke does; besides, workers end the process of what runs (prefork)."""
     from ..operations import terminate
 
     _stop(terminate, **arguments)

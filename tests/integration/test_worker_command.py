@@ -178,6 +178,14 @@ def test_nonsense_is_refused_by_the_variables_name_before_anything_starts(
     assert done.errors.startswith(f"rhesis-tasks: {variable} is {value!r}, and must be {needed}")
 
 
+def test_nonsense_is_refused_in_the_words_of_the_page() -> None:
+    page = (HERE.parents[1] / "docs" / "running.md").read_text()
+
+    done = ran("worker", "-A", "no_such_module", CELERY_WORKER_CONCURRENCY="zero")
+
+    assert f"\n{done.errors}```" in page
+
+
 @pytest.mark.parametrize(
     ("opts", "said"),
     [

@@ -18,7 +18,7 @@ from kombu.utils.functional import maybe_list
 from typing_extensions import override
 
 from .context import TenantContext, exactly
-from .errors import DatabaseUnavailableError, DeadLetterError
+from .errors import DatabaseUnavailableError, DeadLetterError, MissingTenantError
 from .headers import decode, find
 from .hooks import has_async_hooks
 from .outcomes import log_unknown
@@ -44,6 +44,7 @@ class Guard(bootsteps.StartStopStep):
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
         logging.getLogger("celery.worker.consumer.consumer").addFilter(_names_no_arguments)
+        logging.getLogger("celery.worker.control").addFilter(_is_no_missing_tenant)
         create_handler = parent.create_task_handler
         parent.create_task_handler = lambda: self._guarded(parent, create_handler())
 
@@ -149,6 +150,15 @@ def _hasten_what_is_revoked() -> None:
 
 def _names_no_arguments(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Received unregistered task of type ")
+
+
+def _is_no_missing_tenant(record: logging.LogRecord) -> bool:
+    """A worker that is told to revoke a task does not know whose it is before it has the message, which it revokes."""
+    return not (
+        str(record.msg).startswith("Failed to mark task ")
+        and isinstance(record.args, tuple)
+        and isinstance(record.args[-1], MissingTenantError)
+    )
 
 
 def refuse_async_tasks(app: Celery, pool: str) -> None:

@@ -13,11 +13,12 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
-from billiard.einfo import ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback  # type: ignore[attr-defined]  # left out of the stubs
+from billiard.exceptions import WorkerLostError
 from celery import states
 from celery._state import _task_stack  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, InvalidTaskError, Reject, Retry, TimeLimitExceeded
@@ -163,9 +164,31 @@ class ContextRequest(_Request):  # type: ignore[misc]
             super()._announce_revoked(*args, **kwargs)
 
     @override
+    def cancel(self, *args: Any, **kwargs: Any) -> None:
+        """Stop it, since the worker stops."""
+        with suppress(NotImplementedError):  # threads cannot be stopped: the pool waits for them
+            super().cancel(*args, **kwargs)
+
+    @override
     def _announce_cancelled(self, *args: Any, **kwargs: Any) -> None:
+        if self.acknowledged:
+            self.leave()  # Celery would announce another attempt, which never comes
+            return
         with self._as_launched():
             super()._announce_cancelled(*args, **kwargs)
+
+    def leave(self) -> None:
+        """The worker ends and does not wait for it.
+
+        If it was acknowledged as it began, nobody does it again: it has failed, as if its process was lost.
+        """
+        if not self.acknowledged or self._already_cancelled:
+            return
+        try:
+            raise WorkerLostError("its worker was stopped while it ran")
+        except WorkerLostError:
+            self.on_failure(ExceptionInfo())
+        self._already_cancelled = True
 
     @override
     def reject(self, requeue: bool = False) -> None:

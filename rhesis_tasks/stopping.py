@@ -95,6 +95,9 @@ class StopBound:
     def _give_back(self) -> None:
         with suppress(Exception):
             self._worker.consumer.connection.transport._end_consumer()
+        for request in tuple(state.active_requests):
+            with suppress(Exception):
+                request.leave()
 
 
 class GivenJobs(bootsteps.Step):

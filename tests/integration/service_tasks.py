@@ -36,14 +36,17 @@ def retry_once(self: BaseTask) -> None:
         raise self.retry(countdown=0)
 
 
-@app.task(base=BaseTask, name="wait_for", tenant_required=False)
-def wait_for(started: str, gate: str, seconds: float = 100) -> None:
+def _wait_for(started: str, gate: str, seconds: float = 100) -> None:
     """Lasts until there is a file named like the gate."""
     with Path(started).open("a") as file:
         file.write("started\n")
     deadline = time.monotonic() + seconds
     while not Path(gate).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+wait_for = app.task(_wait_for, base=BaseTask, name="wait_for", tenant_required=False)
+wait_for_early = app.task(_wait_for, base=BaseTask, name="wait_for_early", tenant_required=False, acks_late=False)
 
 
 def _note(path: str) -> None:

@@ -70,10 +70,10 @@ def messages(database: TenantDatabase) -> list[tuple[str, int | None, int]]:
         ).fetchall()
 
 
-def begin(launcher: Celery, folder: Path) -> Path:
+def begin(launcher: Celery, folder: Path, task: str = "wait_for", task_id: str | None = None) -> Path:
     """Have a worker begin with a task that lasts until the returned file is there."""
     started, gate = folder / "started", folder / "gate"
-    launcher.send_task("wait_for", (str(started), str(gate)))
+    launcher.send_task(task, (str(started), str(gate)), task_id=task_id)
     wait_until("the task to be started", started.exists)
     return gate
 
@@ -284,6 +284,24 @@ def test_what_still_runs_at_the_bound_is_given_back_uncounted_and_the_worker_end
     again = start(CELERY_WORKER_POOL="threads")
     again.wait_for("Task wait_for")
     wait_until("another worker to do it", lambda: messages(tenant_database) == [])
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_what_is_acknowledged_as_it_begins_has_failed_if_it_still_runs_at_the_bound(
+    start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, pool: str
+) -> None:
+    worker = start(CELERY_WORKER_POOL=pool, CELERY_WORKER_STOP_TIMEOUT="1")
+    begin(launcher, tmp_path, "wait_for_early", "early")
+    wait_until("it to be acknowledged", lambda: messages(tenant_database) == [])
+
+    worker.process.send_signal(signal.SIGTERM)
+    ended(worker)
+
+    result = launcher.AsyncResult("early")
+    assert (result.state, repr(result.result)) == ("FAILURE", "WorkerLostError('its worker was stopped while it ran')")
+    output = worker.finished_output()
+    assert output.count("Task wait_for_early[early] failed") == 1
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("task", ["note_early", "note_late"])  # when they are acknowledged

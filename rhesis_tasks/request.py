@@ -66,6 +66,7 @@ class ContextRequest(_Request):  # type: ignore[misc]
     _requeued = False
     _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
     _is_told = False  # how it has ended
+    _already_cancelled: bool  # Celery's
     _decided: BaseException | None = None  # what is dealt with here
 
     def __init_subclass__(cls) -> None:

@@ -67,6 +67,7 @@ class Services(bootsteps.StartStopStep):
     label = "rhesis-tasks"
     health: Health | None = None
     flower: subprocess.Popen[bytes] | None = None
+    bound: StopBound | None = None
 
     @override
     def __init__(self, parent: Any, **options: Any) -> None:
@@ -78,7 +79,8 @@ class Services(bootsteps.StartStopStep):
                 logs.install_json()
             # Without rhesis-tasks worker, a bound is only where somebody has asked for one.
             if found["stop-timeout"].source != "default":
-                StopBound(parent, found["stop-timeout"].value).arm()
+                self.bound = StopBound(parent, found["stop-timeout"].value)
+                self.bound.arm()
             if found["health-port"].value is not None:
                 self.health = Health(parent, found)
         except RhesisTasksError as error:

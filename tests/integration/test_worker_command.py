@@ -78,6 +78,11 @@ def begin(launcher: Celery, folder: Path, task: str = "wait_for", task_id: str |
     return gate
 
 
+def process_of(worker: Child) -> int:
+    """The only process of a worker's pool."""
+    return int(Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text())
+
+
 def ended(worker: Child, timeout: float = 60) -> int:
     """The exit code of a worker that ends by itself."""
     return worker.process.wait(timeout)
@@ -311,7 +316,7 @@ def test_what_a_process_was_given_but_has_not_begun_is_done_once_and_the_worker_
     worker = start(CELERY_WORKER_CONCURRENCY="1", CELERY_WORKER_PREFETCH_MULTIPLIER="1")
     begin(launcher, tmp_path).touch()
     wait_until("the first task to be done", lambda: messages(tenant_database) == [])
-    process = int(Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children").read_text())
+    process = process_of(worker)
     os.kill(process, signal.SIGSTOP)
     line = tmp_path / "line"
     launcher.send_task(task, (str(line),))
@@ -341,6 +346,21 @@ def test_a_second_signal_does_not_wait_for_the_bound(
     worker.process.send_signal(number)
     ended(worker)
 
+    assert messages(tenant_database) == [("wait_for", None, 0)]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_sigquit_ends_a_worker_that_cannot_stop_what_runs_within_moments(
+    start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, pool: str
+) -> None:
+    worker = start(CELERY_WORKER_POOL=pool, CELERY_WORKER_CONCURRENCY="1", CELERY_WORKER_STOP_TIMEOUT="10000")
+    begin(launcher, tmp_path)
+    if pool == "prefork":  # others cannot be stopped anyway
+        os.kill(process_of(worker), signal.SIGSTOP)
+
+    worker.process.send_signal(signal.SIGQUIT)
+
+    assert ended(worker) == 75
     assert messages(tenant_database) == [("wait_for", None, 0)]
 
 

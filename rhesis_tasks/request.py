@@ -64,7 +64,8 @@ class ContextRequest(_Request):  # type: ignore[misc]
 
     _is_counted = False  # its end was told to the observer
     _requeued = False
-    _timed_out: Any = None  # the exception info, once on_failure has dealt with a hard time limit
+    _timed_out: Any = None  # the exception info, once on_failure was told of a hard time limit
+    _limit_is_told = False  # to on_timeout
     _is_told = False  # how it has ended
     _already_cancelled: bool  # Celery's
     _decided: BaseException | None = None  # what is dealt with here
@@ -202,11 +203,13 @@ class ContextRequest(_Request):  # type: ignore[misc]
     @override
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         error = _bare(exc_info.exception)
+        if isinstance(error, TimeLimitExceeded):
+            if self._timed_out is not None:
+                return None  # a pool that stops looks for it in two threads
+            self._timed_out = exc_info
         with self._as_launched(), self._deciding(error):
             result = super().on_failure(exc_info, *args, **kwargs)
-            if isinstance(error, TimeLimitExceeded):
-                self._timed_out = exc_info
-            elif isinstance(error, Reject) and not getattr(error, "requeue", False) and not self._is_told:
+            if isinstance(error, Reject) and not getattr(error, "requeue", False) and not self._is_told:
                 self._store_rejection(error)
             self._count("requeued" if self._requeued else _OUTCOMES.get(type(error), "failure"))
             return result
@@ -230,6 +233,10 @@ class ContextRequest(_Request):  # type: ignore[misc]
         Of a hard one the prefork pool tells twice, here after on_failure: Celery 5.7 would store the failure, call the
         error callbacks and send the signal a second time.
         """
+        if not soft:
+            if self._limit_is_told:
+                return  # as above
+            self._limit_is_told = True
         with self._as_launched(), self._deciding(None):
             if soft or self._timed_out is None:
                 super().on_timeout(soft, timeout)

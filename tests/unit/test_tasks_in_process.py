@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, chain, chord
-from celery.exceptions import Ignore, Reject
-from celery.signals import task_prerun, task_revoked
+from celery.exceptions import Ignore, Reject, TimeLimitExceeded
+from celery.signals import task_failure, task_prerun, task_revoked
 from celery.worker import state as worker_state
 
 from rhesis_tasks import (
@@ -909,3 +910,32 @@ def test_what_the_main_process_does_is_done_in_the_messages_context_also_within_
     assert seen == [("after announcing", ACME)], "the block around it goes on in its context"
     assert current_tenant() is None
     assert app.current_worker_task is None
+
+
+def test_a_hard_time_limit_that_is_found_twice_is_told_once(app: Celery, seen: list[Any]) -> None:
+    class Limited(BaseTask):
+        def on_failure(self, *_: Any) -> None:
+            seen.append("on_failure")
+
+    @app.task(base=Limited, name="limited", tenant_required=False)
+    def limited() -> None: ...
+
+    limited.apply_async(task_id="limited")
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues[app.conf.task_default_queue].bind(connection.default_channel)
+        message = queue.get(no_ack=True)
+    request = ContextRequest(message, app=app, task=limited, on_ack=lambda *_: seen.append("acknowledged"))
+    try:
+        raise TimeLimitExceeded(1)
+    except TimeLimitExceeded:
+        exceeded = ExceptionInfo()
+    receiver = task_failure.connect(lambda **_: seen.append("task_failure"), weak=False)
+    try:
+        for _ in range(2):  # as a pool's two threads may do it, when it stops
+            request.on_failure(exceeded)
+        for _ in range(2):
+            request.on_timeout(soft=False, timeout=1)
+    finally:
+        task_failure.disconnect(receiver)
+
+    assert sorted(seen) == ["acknowledged", "on_failure", "task_failure"]

@@ -104,6 +104,8 @@ class StopBound:
         os._exit(_HELD_ON)
 
     def _give_back(self) -> None:
+        with suppress(Exception):  # Celery 5.6 has the acknowledgements of what threads have done meanwhile wait there
+            self._worker.consumer.perform_pending_operations()
         with suppress(Exception):
             self._worker.consumer.connection.transport._end_consumer()
         for request in tuple(state.active_requests):

@@ -46,6 +46,7 @@ def _wait_for(started: str, gate: str, seconds: float = 100) -> None:
 
 
 wait_for = app.task(_wait_for, base=BaseTask, name="wait_for", tenant_required=False)
+wait_for_too = app.task(_wait_for, base=BaseTask, name="wait_for_too", tenant_required=False)
 wait_for_early = app.task(_wait_for, base=BaseTask, name="wait_for_early", tenant_required=False, acks_late=False)
 
 

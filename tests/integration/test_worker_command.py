@@ -309,6 +309,26 @@ def test_what_is_acknowledged_as_it_begins_has_failed_if_it_still_runs_at_the_bo
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_what_is_done_before_the_bound_is_not_given_back_with_what_is_not(
+    start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, pool: str
+) -> None:
+    worker = start(CELERY_WORKER_POOL=pool, CELERY_WORKER_STOP_TIMEOUT="3")
+    stays, ends = tmp_path / "stays", tmp_path / "ends"
+    stays.mkdir()
+    ends.mkdir()
+    begin(launcher, stays)
+    gate = begin(launcher, ends, "wait_for_too")
+
+    worker.process.send_signal(signal.SIGTERM)
+    worker.wait_for("Warm shutdown")
+    time.sleep(0.5)  # until it waits for its pool
+    gate.touch()
+    ended(worker)
+
+    assert messages(tenant_database) == [("wait_for", None, 0)]
+
+
 @pytest.mark.parametrize("task", ["note_early", "note_late"])  # when they are acknowledged
 def test_what_a_process_was_given_but_has_not_begun_is_done_once_and_the_worker_ends(
     start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, task: str

@@ -84,7 +84,7 @@ class StopBound:
         elif not self._is_cold:
             self._say("told to stop a second time: %d tasks are stopped")
         if self._is_cold or not isinstance(self._worker.pool, solo.TaskPool):  # there the body would go on
-            if not self._is_cold and (state.should_terminate is None or state.should_terminate is False):
+            if not self._is_cold and not _is_terminating():
                 os.kill(self._pid, signal.SIGQUIT)
             threading.Event().wait(COLD)
         self._end()
@@ -111,6 +111,11 @@ class StopBound:
         for request in tuple(state.active_requests):
             with suppress(Exception):
                 request.leave()
+
+
+def _is_terminating() -> bool:
+    """Whether Celery was told to shut down cold: it keeps the exit code, which may be 0."""
+    return state.should_terminate is not None and state.should_terminate is not False
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
@@ -159,5 +164,5 @@ def _close(consumer: Any, on_close: Callable[[], None]) -> None:
     jobs = getattr(pool, "_cache", None)  # only a pool of processes has one
     given = [job for job in (jobs or {}).values() if job._write_to is not None and not job._accepted]
     on_close()
-    if jobs is not None and state.should_terminate in (None, False):
+    if jobs is not None and not _is_terminating():
         jobs.update((job._job, job) for job in given if job._write_to._is_alive())

@@ -17,6 +17,7 @@ from .errors import ConfigurationError
 from .failures import Redact, use_redaction
 from .guard import Guard
 from .loops import loop_factory
+from .postgres.patience import be_patient
 from .sessions import TenantSessions, require_sessions, sessions_of, use_sessions
 from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
 from .settings import broker_url as broker_form
@@ -215,6 +216,7 @@ def unconfigure(app: Celery) -> None:
     app.steps["worker"].discard(_SERVICES)
     use_sessions(app, None)
     if not _configured:
+        be_patient(False)
         logs.uninstall()
         outcomes.uninstall()
         hooks.uninstall()
@@ -267,6 +269,7 @@ def _work(sender: Any = None, instance: Any = None, **_: Any) -> None:
     """A worker or beat begins in this process."""
     app = (instance or sender).app
     if app in _configured:
+        be_patient()
         _ = app.conf.broker_url  # has it read, if it was not
         celerys = _celerys_defaults(app)
         for key in WORKER_DEFAULTS:

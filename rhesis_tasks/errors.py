@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy.exc import DataError, DBAPIError, ProgrammingError
 
 __all__ = [
+    "AnswerTimeoutError",
     "ConfigurationError",
     "ContextError",
     "DatabaseFullError",
@@ -183,6 +184,10 @@ class DatabaseUnavailableError(RhesisTasksError, ConnectionError):
     def __init__(self, message: str, *, url: str | None = None) -> None:
         self.url = url
         super().__init__(message)
+
+
+class AnswerTimeoutError(DatabaseUnavailableError):
+    """The database did not answer in time.  Whether it did what it was asked for, or still will, is not known."""
 
 
 class DatabaseFullError(DatabaseUnavailableError):

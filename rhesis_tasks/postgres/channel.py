@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from amqp.protocol import queue_declare_ok_t
-from kombu.exceptions import ChannelError
+from kombu.exceptions import ChannelError, OperationalError
 from kombu.log import get_logger
 from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
-from ..errors import DatabaseUnavailableError
+from ..errors import AnswerTimeoutError, DatabaseUnavailableError
 from ..headers import find
 from .consumer import Delivery, Subscription
 from .launching import launch_of
@@ -258,6 +258,8 @@ class Channel(virtual.Channel):
         Raises:
             ChannelError: there is no such exchange; or no queue gets the message, and it is a task (which must
                 not be lost) or was published with ``mandatory``.
+            OperationalError: of a task it is not known whether it was published, since no answer came in time.  It is
+                kombu's, which does not try again what fails so: a server that is only slow would have it twice.
         """
         body = message["body"]
         headers, properties = message["headers"], message["properties"]
@@ -274,21 +276,26 @@ class Channel(virtual.Channel):
         if is_event and self._unheard.get((exchange, routing_key), 0.0) > time.monotonic():
             return
         expiration = properties.get("expiration")
-        routed = self._queue.publish(
-            exchange or "",
-            routing_key or "",
-            dumps(envelope),
-            body.encode() if isinstance(body, str) else bytes(body),
-            priority=self._get_message_priority(message),
-            tenant=_organization(headers),
-            task_id=_text(headers.get("id")),
-            task_name=_text(headers.get("task")),
-            # A task that has expired is for a worker to say so: nobody would hear of it if the message just went.
-            ttl=int(expiration) / 1000 if expiration and "task" not in headers else None,
-            delay=_seconds_until(headers.get("eta")),
-            lapse=_seconds_until(headers.get("expires")),
-            launch=launch_of(headers.get("id"), self.connection.place),
-        )
+        try:
+            routed = self._queue.publish(
+                exchange or "",
+                routing_key or "",
+                dumps(envelope),
+                body.encode() if isinstance(body, str) else bytes(body),
+                priority=self._get_message_priority(message),
+                tenant=_organization(headers),
+                task_id=_text(headers.get("id")),
+                task_name=_text(headers.get("task")),
+                # A task that has expired is for a worker to say so: nobody would hear of it if the message just went.
+                ttl=int(expiration) / 1000 if expiration and "task" not in headers else None,
+                delay=_seconds_until(headers.get("eta")),
+                lapse=_seconds_until(headers.get("expires")),
+                launch=launch_of(headers.get("id"), self.connection.place),
+            )
+        except AnswerTimeoutError as error:
+            if "task" not in headers:
+                raise
+            raise OperationalError(str(error)) from error
         if routed is None:
             raise not_found("exchange", exchange, "basic_publish")
         if not routed and (mandatory or "task" in headers):

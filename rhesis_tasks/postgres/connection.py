@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import URL
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from ..errors import DatabaseFullError, DatabaseUnavailableError, MissingPrivilegeError, SchemaError
+from ..errors import AnswerTimeoutError, DatabaseFullError, DatabaseUnavailableError, MissingPrivilegeError, SchemaError
 from ..settings import redacted, require_psycopg
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .statements import Statements
 
-__all__ = ["Connection", "is_asking", "read_only"]
+__all__ = ["Connection", "is_asking", "no_answer", "read_only"]
 
 # Notice a peer that is gone without a word in seconds, not in hours.  (Ignored on unix sockets.)
 _KEEPALIVES: Final = {
@@ -77,8 +77,11 @@ class Connection:
     def __repr__(self) -> str:
         return f"Connection({redacted(self.url)!r})"
 
-    def open(self) -> psycopg.Connection[Any]:
+    def open(self, timeout: float | None = None) -> psycopg.Connection[Any]:
         """The psycopg connection, opened if it is not.
+
+        Args:
+            timeout: seconds for which a pooler, which connects at once, may take until it has a server; None: for ever.
 
         Raises:
             DatabaseUnavailableError: the server cannot be reached, refuses the login, or is read-only.
@@ -88,12 +91,14 @@ class Connection:
             return raw
         with self._opening:
             if self._raw is None or self._raw.closed:
-                self._raw = self._opened()
+                self._raw = self._opened(timeout)
                 self.generation += 1
             return self._raw
 
-    def _opened(self) -> psycopg.Connection[Any]:
+    def _opened(self, timeout: float | None) -> psycopg.Connection[Any]:
         import psycopg
+
+        from .statements import Statements
 
         try:
             while True:
@@ -103,9 +108,10 @@ class Connection:
                 if forks == _forks:
                     break
                 raw.close()  # a child that was forked meanwhile has the socket, too, and does not know
-            pid, is_read_only = raw.execute(
-                "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
-            ).fetchone() or (None, None)
+            statements = Statements(raw, prepares=False)
+            [(pid, is_read_only)] = statements.run(
+                "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'", timeout=timeout
+            )
         except psycopg.Error as error:
             message = f"cannot connect to {redacted(self.url)}: {_first_lines(error)}"
             if any(word in message for word in _TOO_MANY):
@@ -123,10 +129,16 @@ class Connection:
         """Call a function with the payload of each notification; to be said before it is opened."""
         self._on_notification = call
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, parameters: Sequence[Any] = (), *, timeout: float | None = None) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction of its own, and return its rows.
 
+        Args:
+            sql: the statement, with ``%s`` for its parameters.
+            parameters: their values.
+            timeout: seconds for which the answer is waited for; None: until it comes.
+
         Raises:
+            AnswerTimeoutError: it did not come, and the connection was closed.
             DatabaseUnavailableError: the connection cannot be made or was lost; whether the statement was
                 carried out is not known then.
             DatabaseFullError: the server has no room for it; nothing was carried out.
@@ -139,15 +151,19 @@ class Connection:
             raise self._unavailable(f"{redacted(self.url)}: interrupted in the middle of a statement")
         self._asking.add(thread)
         try:
-            return self._query(sql, parameters)
+            return self._query(sql, parameters, timeout)
         finally:
             self._asking.discard(thread)
 
-    def _query(self, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def _query(self, sql: str, parameters: Sequence[Any], timeout: float | None) -> list[tuple[Any, ...]]:
         import psycopg
 
+        from .statements import NoAnswer
+
         try:
-            return self._statements_of(self.open()).run(sql, parameters)
+            return self._statements_of(self.open(timeout)).run(sql, parameters, timeout=timeout)
+        except NoAnswer as error:
+            raise no_answer(self.url, error) from None
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             if (need := _NEEDS.get(error.sqlstate or "")) is not None:
                 raise DatabaseFullError(
@@ -249,6 +265,15 @@ def _parameters(url: URL, name: str, connect_timeout: float | None) -> dict[str,
 
 def _first_lines(error: BaseException) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip()) or type(error).__name__
+
+
+def no_answer(url: URL, error: BaseException) -> AnswerTimeoutError:
+    """What to raise where a server does not answer."""
+    return AnswerTimeoutError(
+        f"{redacted(url)}: {error}, and the connection was closed.  Whether what it was asked for was done, such as a "
+        "message taken or a record written, is not known: it still may be, once the server goes on",
+        url=redacted(url),
+    )
 
 
 def read_only(url: URL) -> str:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ..errors import ConfigurationError, DatabaseUnavailableError
 from ..settings import async_database_url, database_url, redacted, require_psycopg
+from .patience import ANSWER_TIMEOUT
 
 __all__ = [
     "READ_ONLY",
@@ -103,7 +104,9 @@ def shared_engine(url: str) -> Engine:
     return engine
 
 
-def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool = False) -> list[Any]:
+def run(
+    engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool = False, timeout: float | None = None
+) -> list[Any]:
     """Run one statement on a shared engine, in a transaction of its own; returns its rows, as tuples or dicts.
 
     With the engine's pool and errors only: SQLAlchemy's Connection and Result would cost the process more than all that
@@ -113,14 +116,18 @@ def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool
         engine: as :func:`shared_engine` returns it.
         statement: as psycopg wants it, with ``%s``.
         values: those of its parameters.
+        as_dicts: whether rows are dicts.
+        timeout: seconds for which the answer is waited for; None: until it comes.
 
     Raises:
+        AnswerTimeoutError: it did not come; all connections of the pool are closed.
         DatabaseUnavailableError: the server cannot be reached.
         DBAPIError: as SQLAlchemy raises it; a lost connection has taken the others in the pool along.
     """
     from psycopg import Error
 
-    from .statements import Statements
+    from .connection import no_answer
+    from .statements import NoAnswer, Statements
 
     try:
         pooled = engine.raw_connection()
@@ -132,7 +139,10 @@ def run(engine: Engine, statement: str, values: Sequence[Any], *, as_dicts: bool
             statements = pooled.info[Statements] = Statements(
                 connection, prepares=connection.prepare_threshold is not None
             )
-        rows: list[Any] = statements.run(statement, values, as_dicts=as_dicts)
+        rows: list[Any] = statements.run(statement, values, as_dicts=as_dicts, timeout=timeout)
+    except NoAnswer as error:
+        engine.pool._invalidate(pooled, error)  # the others will not be answered either
+        raise no_answer(engine.url, error) from None
     except Error as error:
         if is_lost := bool(connection.closed):
             engine.pool._invalidate(pooled, error)  # as SQLAlchemy's own Connection does
@@ -155,8 +165,10 @@ def unavailable(engine: Engine, error: BaseException) -> DatabaseUnavailableErro
 
 
 def _prepare_nothing_behind_a_pooler(made: Any, _: object) -> None:
-    with made.cursor() as cursor:
-        (process_id,) = cursor.execute("SELECT pg_backend_pid()").fetchone()
+    from .statements import Statements
+
+    # A pooler connects at once, whether or not it has a server.
+    [(process_id,)] = Statements(made, prepares=False).run("SELECT pg_backend_pid()", timeout=ANSWER_TIMEOUT)
     if process_id != made.info.backend_pid:
         made.prepare_threshold = None  # the next transaction may be on another server connection
 

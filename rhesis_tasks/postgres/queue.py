@@ -97,10 +97,14 @@ class MessageQueue:
 
     connection: Connection
     schema: str
+    answer_timeout: float | None = None  #: seconds for which an answer is waited for; None: until it comes
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return self.connection.query(sql, values, timeout=self.answer_timeout)
 
     def _call(self, function: str, *arguments: Any) -> list[tuple[Any, ...]]:
         marks = ", ".join(["%s"] * len(arguments))
-        return self.connection.query(f"SELECT * FROM {quote_identifier(self.schema)}.{function}({marks})", arguments)  # noqa: S608
+        return self._query(f"SELECT * FROM {quote_identifier(self.schema)}.{function}({marks})", arguments)  # noqa: S608
 
     def _value(self, function: str, *arguments: Any) -> Any:
         return self._call(function, *arguments)[0][0]
@@ -140,8 +144,8 @@ class MessageQueue:
         schema = quote_identifier(self.schema)
         values = (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl, delay, lapse)
         if launch is None:
-            return self.connection.query(PUBLISH.format(schema=schema), values)[0][0]  # type: ignore[no-any-return]
-        rows = self.connection.query(_PUBLISH_WITH_RECORD.format(schema=schema), (*launch.values, *values))
+            return self._query(PUBLISH.format(schema=schema), values)[0][0]  # type: ignore[no-any-return]
+        rows = self._query(_PUBLISH_WITH_RECORD.format(schema=schema), (*launch.values, *values))
         is_new, routed = rows[0]
         # Published again after a lost connection, it finds the record that it made itself.
         launch.is_new = launch.is_new or is_new
@@ -260,14 +264,14 @@ class MessageQueue:
 
     def listen(self, consumer: int) -> None:
         """Let this connection receive the notifications for a consumer."""
-        self.connection.query(f"LISTEN {quote_identifier(self._value('channel_of', consumer))}")
+        self._query(f"LISTEN {quote_identifier(self._value('channel_of', consumer))}")
 
     def watch_for_loss(self) -> None:
         """Let the server notice in seconds that this session's other end is gone, and free its lock.
 
         (Over a unix socket it always does, and ignores this.)
         """
-        self.connection.query(
+        self._query(
             "SELECT set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false), "
             "set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10000', false)"
         )
@@ -313,7 +317,7 @@ class MessageQueue:
         """
         ids, tokens = [id for id, _ in acks], [token for _, token in acks]
         starts = [places.get(queue) for queue in queues]
-        rows = self.connection.query(
+        rows = self._query(
             f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s, "  # noqa: S608
             "%s, %s, %s, %s::smallint[], %s::double precision[], %s::bigint[])",
             (
@@ -332,7 +336,7 @@ class MessageQueue:
     def ack(self, acks: Sequence[tuple[int, int]]) -> list[Late]:
         """Acknowledge messages; returns those whose claim was no longer theirs."""
         ids, tokens = [id for id, _ in acks], [token for _, token in acks]
-        rows = self.connection.query(
+        rows = self._query(
             f"SELECT * FROM {quote_identifier(self.schema)}.ack(%s::bigint[], %s::bigint[])",  # noqa: S608
             (ids, tokens),
         )
@@ -347,7 +351,7 @@ class MessageQueue:
             reason: why their delivery was in vain.
         """
         return int(
-            self.connection.query(
+            self._query(
                 f"SELECT {quote_identifier(self.schema)}.release(%s::bigint[], %s::bigint[], %s, %s)",
                 ([id for id, _ in claims], [token for _, token in claims], uncounted, reason),
             )[0][0]
@@ -355,7 +359,7 @@ class MessageQueue:
 
     def agree(self, consumer: int, tokens: Sequence[int]) -> set[int]:
         """Give back what a consumer holds under other claims than these; returns those of them that it still holds."""
-        rows = self.connection.query(
+        rows = self._query(
             f"SELECT * FROM {quote_identifier(self.schema)}.agree(%s, %s::bigint[])",  # noqa: S608
             (consumer, list(tokens)),
         )

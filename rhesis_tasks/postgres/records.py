@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,11 +149,14 @@ class RecordTable:
     Args:
         url: a URL as :func:`~rhesis_tasks.settings.rendered` returns it.
         schema: the schema's name.
+        answer_timeout: seconds for which an answer is waited for, and nothing is tried again after; None: until it
+            comes.
     """
 
-    def __init__(self, url: str, schema: str) -> None:
+    def __init__(self, url: str, schema: str, answer_timeout: float | None = None) -> None:
         self.url = url
         self.schema = schema
+        self._answer_timeout = answer_timeout
         self._prefix = f"{quote_identifier(schema)}."
         self._change_of_part = _CHANGE_OF_PART.format(schema=quote_identifier(schema))
 
@@ -347,15 +351,17 @@ class RecordTable:
         """What one statement returns, in a transaction of its own; tried again if the connection was lost.
 
         Raises:
+            AnswerTimeoutError: the server does not answer.
             DatabaseUnavailableError: the server cannot be reached, or is read-only.
             MissingPrivilegeError: the login may not do this.
         """
+        end = math.inf if self._answer_timeout is None else time.monotonic() + self._answer_timeout
         for attempt in range(attempts):
             try:
                 with _explaining(engine := self._engine()):
-                    return run(engine, statement, values, as_dicts=as_dicts)
+                    return run(engine, statement, values, as_dicts=as_dicts, timeout=self._answer_timeout)
             except Exception as error:
-                if attempt == attempts - 1 or not is_lost(error):
+                if attempt == attempts - 1 or not is_lost(error) or time.monotonic() >= end:
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")

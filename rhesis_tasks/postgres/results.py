@@ -34,6 +34,7 @@ from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, Transition, bury, by_celery, expire, to_celery
 from .launching import Launch, launching
+from .patience import answer_timeout
 from .records import ChordPart, EndedPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
 from .waiting import listener_for
 
@@ -68,7 +69,8 @@ class PostgresBackend(DatabaseBackend):
         # again by themselves.
         self.always_retry, self.max_retries = True, 0
         self.schema = schema_name(self.app.conf.get("rhesis_tasks_schema"))
-        self.records = RecordTable(self.url, self.schema)
+        options = self.app.conf.result_backend_transport_options or {}
+        self.records = RecordTable(self.url, self.schema, answer_timeout(options, "result_backend_transport_options"))
         self._chord_owners: dict[str, TenantContext | None] = {}  # of those that are being launched
 
     def _create_tables(self) -> None:

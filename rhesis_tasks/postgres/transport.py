@@ -9,12 +9,15 @@ Transport options:
     grace: seconds without a life sign after which a consumer's messages are given to others; 5.
     poll_interval: seconds between two looks at the queues where no notification came; 5.
     max_deliveries: a message that was delivered so often in vain becomes a dead letter; 5, and None for no limit.
+    answer_timeout: seconds for which a process that publishes waits for the server's answer, 10 and in workers and
+        beat 90; None waits until it comes.  What a consumer asks for waits as long as it must.
     listen_url: a URL past the connection pooler, for the connection that listens and holds the lock.
 Others, those of other transports and kombu's own, are passed over.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import socket
@@ -35,6 +38,7 @@ from .channel import Channel, in_other_form, not_found
 from .connection import Connection
 from .consumer import BATCH, Consumer, Delivery, Subscription
 from .engines import shared_engine
+from .patience import answer_timeout
 from .queue import MessageQueue, QueueForm
 from .schema import SchemaStatus, ensure_schema, require_version
 
@@ -77,11 +81,12 @@ class Transport(virtual.Transport):
         self._grace = _seconds(options, "grace", GRACE)
         self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
         self._max_deliveries = _deliveries(options)
+        self._answer_timeout = answer_timeout(options, "broker_transport_options")
         listen_url = options.pop("listen_url", None)
         self._listen_url = database_url(listen_url) if listen_url else self._url
         #: where it is, to be compared with where records are
         self.place = (rendered(self._url.set(drivername="postgresql")), self._schema)
-        self.queue = MessageQueue(self._connection(self._url), self._schema)
+        self.queue = MessageQueue(self._connection(self._url), self._schema, self._answer_timeout)
         self._consumer: Consumer | None = None
         #: called with a message that is given up, and why, before it is a dead letter
         self.on_dead: Callable[[Any, str], None] | None = None
@@ -119,7 +124,7 @@ class Transport(virtual.Transport):
             MissingPrivilegeError, SchemaError: trying again would not help.
         """
         try:
-            self.queue.connection.open()
+            self.queue.connection.open(self._answer_timeout)
             self._ensure_schema()
             return super().establish_connection()
         except BaseException:
@@ -132,7 +137,8 @@ class Transport(virtual.Transport):
             return
         try:
             rows = self.queue.connection.query(
-                f"SELECT max(version) FROM {quote_identifier(self._schema)}.schema_version"  # noqa: S608
+                f"SELECT max(version) FROM {quote_identifier(self._schema)}.schema_version",  # noqa: S608
+                timeout=self._answer_timeout,
             )
         except SchemaError:
             ensure_schema(shared_engine(rendered(self._url)), self._schema)
@@ -189,7 +195,7 @@ class Transport(virtual.Transport):
         """The consumer, started when it is first needed."""
         if self._consumer is None or self._consumer.is_foreign:
             consumer = Consumer(
-                self.queue,
+                dataclasses.replace(self.queue, answer_timeout=None),  # a claim may wait behind others' locks
                 MessageQueue(self._connection(self._listen_url), self._schema),
                 name=f"{socket.gethostname()}:{os.getpid()}",
                 grace=self._grace,

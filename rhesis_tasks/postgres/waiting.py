@@ -20,6 +20,8 @@ __all__ = ["ResultListener", "listener_for"]
 IDLE: Final = 10.0
 """Seconds for which the connection is kept when nobody waits."""
 
+_PATIENCE: Final = 5.0  #: seconds, after which it is deaf
+
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ class ResultListener:
 
     def __init__(self, url: str, channel: str) -> None:
         self._channel = channel
-        self._connection = Connection(database_url(url), name="rhesis-tasks results", connect_timeout=5)
+        self._connection = Connection(database_url(url), name="rhesis-tasks results", connect_timeout=_PATIENCE)
         self._connection.on_notification(self._heard)
         self._lock = threading.RLock()  # what arrives while it asks to be told is heard in the same thread
         self._waiting: dict[str, set[threading.Event]] = {}
@@ -66,12 +68,12 @@ class ResultListener:
             if self._thread is not None or self._is_pooled:
                 return not self._is_pooled
             try:
-                self._connection.open()
+                self._connection.open(_PATIENCE)
                 if self._connection.is_pooled:
                     self._is_pooled = True
                     self._connection.close()
                     return False
-                self._connection.query(f"LISTEN {quote_identifier(self._channel)}")
+                self._connection.query(f"LISTEN {quote_identifier(self._channel)}", timeout=_PATIENCE)
             except DatabaseUnavailableError as error:
                 _log.debug("results are polled for: %s", error)
                 return False

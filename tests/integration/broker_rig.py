@@ -107,6 +107,25 @@ class PostgresServer:
         """Stop and start it; with ``immediate`` as if it had crashed."""
         self._pg_ctl("restart", "--mode", mode, "--log", str(self._log))
 
+    def suspend(self) -> None:
+        """Stop its processes where they are: it takes connections, whose packets are confirmed, and says nothing."""
+        for process in self._processes():
+            os.kill(process, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        for process in self._processes():
+            os.kill(process, signal.SIGCONT)
+
+    def _processes(self) -> Iterator[int]:
+        """The first one, and then those that it has started."""
+        first = int((self._data / "postmaster.pid").read_text().split()[0])
+        yield first
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                if int(status.read_text().rpartition(")")[2].split()[1]) == first:
+                    yield int(status.parent.name)
+
     def promote(self) -> None:
         """Let a standby take writes."""
         self._pg_ctl("promote")

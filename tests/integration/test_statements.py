@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 
+from rhesis_tasks.errors import AnswerTimeoutError, DatabaseUnavailableError
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.statements import Statements
 from rhesis_tasks.settings import database_url
@@ -93,6 +95,29 @@ def test_a_new_connection_prepares_its_own(connection: Connection) -> None:
         connection.close()
 
     assert connection.generation == 2
+
+
+def test_an_answer_that_does_not_come_in_time_is_an_error_and_the_connection_is_closed(connection: Connection) -> None:
+    began = time.monotonic()
+    for _ in range(2):
+        assert connection.query("SELECT pg_sleep(%s), 1", (0.2,), timeout=5) == [("", 1)]
+
+    with pytest.raises(AnswerTimeoutError, match=r"no answer within 0\.3 seconds"):
+        connection.query("SELECT pg_sleep(%s), 1", (5,), timeout=0.3)
+
+    assert time.monotonic() - began < 3
+    assert connection.query("SELECT 1", timeout=5) == [(1,)]
+    assert connection.generation == 2
+
+
+def test_who_waits_for_an_answer_is_told_that_another_thread_has_cut_the_connection(connection: Connection) -> None:
+    connection.open()
+    threading.Timer(0.3, connection.cut).start()
+
+    with pytest.raises(DatabaseUnavailableError, match="closed") as told:
+        connection.query("SELECT pg_sleep(10)", timeout=10)
+
+    assert not isinstance(told.value, AnswerTimeoutError)
 
 
 def test_threads_take_turns(connection: Connection) -> None:

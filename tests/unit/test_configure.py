@@ -19,6 +19,7 @@ from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, ten
 from rhesis_tasks.app import DEFAULTS
 from rhesis_tasks.errors import ConfigurationError, NotConfiguredError
 from rhesis_tasks.headers import HEADER
+from rhesis_tasks.postgres.patience import answer_timeout
 from rhesis_tasks.postgres.results import PostgresBackend
 from rhesis_tasks.sessions import sessions_of
 
@@ -470,10 +471,21 @@ def test_unconfigure_puts_back_a_send_task_of_the_applications_own(make_app: Any
 def test_only_a_worker_waits_long_for_a_broker_that_is_away(bare: Celery) -> None:
     configure(bare, broker_url="memory://")
     before = bare.conf.task_publish_retry_policy
+    assert answer_timeout({}, "broker_transport_options") == 10
 
     celeryd_init.send(sender="w@here", instance=SimpleNamespace(app=bare))  # as Celery does
 
     assert before["max_retries"] == 1
     assert bare.conf.task_publish_retry_policy["max_retries"] == 100
+    assert answer_timeout({}, "broker_transport_options") == 90
     unconfigure(bare)
     assert bare.conf.task_publish_retry_policy["max_retries"] == 3  # Celery's own
+    assert answer_timeout({}, "broker_transport_options") == 10
+
+
+def test_how_long_an_answer_is_waited_for_is_a_number_of_seconds_or_none() -> None:
+    assert answer_timeout({"answer_timeout": 3}, "broker_transport_options") == 3
+    assert answer_timeout({"answer_timeout": None}, "broker_transport_options") is None
+    for value in (-1, 0, "5", True, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match=rf"'answer_timeout'\] is a number of seconds, .* not {value!r}"):
+            answer_timeout({"answer_timeout": value}, "broker_transport_options")

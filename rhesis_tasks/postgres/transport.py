@@ -38,7 +38,7 @@ from .channel import Channel, in_other_form, not_found
 from .connection import Connection
 from .consumer import BATCH, Consumer, Delivery, Subscription
 from .engines import shared_engine
-from .patience import answer_timeout
+from .patience import PATIENCE, answer_timeout, is_patient
 from .queue import MessageQueue, QueueForm
 from .schema import SchemaStatus, ensure_schema, require_version
 
@@ -82,6 +82,10 @@ class Transport(virtual.Transport):
         self._poll_interval = _seconds(options, "poll_interval", POLL_INTERVAL)
         self._max_deliveries = _deliveries(options)
         self._answer_timeout = answer_timeout(options, "broker_transport_options")
+        if is_patient() and "max_retries" in options:
+            # kombu has put the policy of a launch there.  It gives the first connection of a process no more than the
+            # time of one attempt, unless it is told otherwise, and ends the launch then.
+            client.transport_options.setdefault("connect_retries_timeout", PATIENCE)
         listen_url = options.pop("listen_url", None)
         self._listen_url = database_url(listen_url) if listen_url else self._url
         #: where it is, to be compared with where records are

@@ -234,7 +234,7 @@ def test_a_launch_whose_record_is_elsewhere_fails_if_that_is_not_answered(
 
 
 @pytest.mark.newest_only
-@pytest.mark.parametrize("task", ["launching"])
+@pytest.mark.parametrize("task", ["launching", "launching_at_once"])
 def test_a_worker_waits_through_an_outage_that_a_web_process_is_told_of(
     task: str, server: PostgresServer, tmp_path: Path, make_app: MakeApp
 ) -> None:

@@ -32,6 +32,12 @@ def launched() -> None:
 def launching() -> None:
     """Launch the other one, wait for a note, and launch it once more."""
     launched.delay()
+    launching_at_once.run()
+
+
+@app.task(base=BaseTask)
+def launching_at_once() -> None:
+    """Wait for a note, and launch the other one."""
     note("began")
     while not Path(os.environ[NOTES], "go").exists():
         time.sleep(0.05)

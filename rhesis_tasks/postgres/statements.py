@@ -133,8 +133,11 @@ class Statements:
 
     def _answer(self, timeout: float | None) -> PGresult:
         steps = execute(self.raw.pgconn)
-        is_bounded = timeout is not None and hasattr(select, "poll")  # which eventlet takes away
-        results: list[PGresult] = _wait_within(self.raw, steps, timeout) if is_bounded else self.raw.wait(steps)
+        results: list[PGresult]
+        if timeout is None or not hasattr(select, "poll"):  # eventlet takes that away
+            results = self.raw.wait(steps)
+        else:
+            results = _wait_within(self.raw, steps, timeout)
         if not results:
             raise psycopg.InternalError("the server's answer has no result")
         for result in results:  # the rows come first, and behind them that the commit has failed

@@ -78,6 +78,7 @@ class Signer:
                 f"the headers of a signed message hold text, numbers, bool, None, lists and mappings: {error}"
             ) from None
         context = sent[HEADER] = {**sent[HEADER], _SIGNED: sorted(name for name in sent if name != HEADER)}
+        context.pop(_SIGNATURE, None)  # one from before, which is no part of what is said
         context[_SIGNATURE] = _digest(self._keys[0], _said(sent, body, properties))
         return sent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_policy(cls: Any) -> None:
-    """Refuse what a task class cannot be tried again by.
+    """Refuse what a task class cannot be tried again by.  A partial function is one in all versions of Python then.
 
     Raises:
         TaskDefinitionError: its ``retry_policy`` is no policy and no method that could return one, or it has
@@ -48,6 +49,9 @@ def check_policy(cls: Any) -> None:
         signature.bind(*([None] if _is_bound_to(policy, cls) else [cls, None]))
     except TypeError as error:
         raise TaskDefinitionError(f"retry_policy of task {cls.name} must take (task, tenant): {error}") from error
+    if isinstance(policy, functools.partial):
+        # Read from an instance it is a method from Python 3.14 on, and 3.13 warns of that.
+        cls.retry_policy = staticmethod(policy)
 
 
 def policy_of(task: Any, state: RequestState) -> RetryPolicy:

@@ -70,6 +70,10 @@ def as_partial(policies: Policies) -> dict[str, Any]:
     return {"retry_policy": functools.partial(lambda asked, task, tenant: asked(task, tenant), policies)}
 
 
+def as_inherited_partial(policies: Policies) -> dict[str, Any]:
+    return {"base": type("Task", (BaseTask,), {"abstract": True, **as_partial(policies)})}
+
+
 def as_method_of_another(policies: Policies) -> dict[str, Any]:
     return {"retry_policy": policies.__call__}
 
@@ -108,7 +112,16 @@ def as_staticmethod(policies: Policies) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [as_function, as_object, as_partial, as_method_of_another, as_method, as_classmethod, as_staticmethod],
+    [
+        as_function,
+        as_object,
+        as_partial,
+        as_inherited_partial,
+        as_method_of_another,
+        as_method,
+        as_classmethod,
+        as_staticmethod,
+    ],
 )
 def test_a_method_says_the_policy_for_the_tenant(app: Celery, work_off: Any, policies: Policies, options: Any) -> None:
     assert attempts(app, work_off, ACME, **options(policies)) == 3

@@ -197,18 +197,19 @@ def running_server(
 
 
 def _programs() -> Path:
-    """The folder of the newest PostgreSQL's server programs."""
+    """The folder of PostgreSQL's server programs: that on the PATH, or else Debian's newest, which is not on it."""
     candidates = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")]
+    candidates.sort(key=lambda folder: int(folder.parent.name), reverse=True)
     if found := shutil.which("pg_ctl"):
-        candidates.append(Path(found).resolve().parent)
-    candidates = [folder for folder in candidates if (folder / "initdb").exists() and (folder / "postgres").exists()]
-    if not candidates:
-        pytest.fail(
-            "PostgreSQL's server programs (initdb, pg_ctl, postgres) are in no /usr/lib/postgresql/*/bin and not on "
-            "the PATH.  On Debian: apt-get install postgresql-15",
-            pytrace=False,
-        )
-    return max(candidates, key=lambda folder: (folder.parent.name.isdigit() and int(folder.parent.name), str(folder)))
+        candidates.insert(0, Path(found).resolve().parent)
+    for folder in candidates:
+        if (folder / "initdb").exists() and (folder / "postgres").exists():
+            return folder
+    pytest.fail(
+        "PostgreSQL's server programs (initdb, pg_ctl, postgres) are in no /usr/lib/postgresql/*/bin and not on "
+        "the PATH.  On Debian: apt-get install postgresql-15",
+        pytrace=False,
+    )
 
 
 # --- the proxy -----------------------------------------------------------------------------------------------------

@@ -107,9 +107,20 @@ def child(
         env: added to this process's environment.
         cwd: the folder it runs in.
     """
-    process = subprocess.Popen(
+    running: Child | None = None
+    try:
+        with _signals_later():
+            running = Child(name, _started(command, env or {}, cwd))
+        yield running
+    finally:
+        if running is not None:
+            running.stop()
+
+
+def _started(command: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -120,11 +131,29 @@ def child(
         # A Ctrl-C is for us: we stop our children in order.
         start_new_session=True,
     )
-    running = Child(name, process)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block: what they interrupt there, nobody would know of.
+
+    They are handled in the main thread only, so that in others there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    handled = {each: handler for each, handler in before.items() if callable(handler)}
+    for each in handled:
+        signal.signal(each, lambda number, _: came.append(number))
     try:
-        yield running
+        yield
     finally:
-        running.stop()
+        for each, handler in handled.items():
+            signal.signal(each, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def python(*arguments: str) -> list[str]:

@@ -32,11 +32,11 @@ class Watched(Connection):
         self.after: Callable[[str], None] = lambda _: None
         self.on_notification(lambda _: None)
 
-    def query(self, sql: str, parameters: Any = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, parameters: Any = (), *, timeout: float | None = None) -> list[tuple[Any, ...]]:
         found = re.search(r"\.(\w+)\(", sql)
         name = found[1] if found else sql
         self.before(name)
-        rows = super().query(sql, parameters)
+        rows = super().query(sql, parameters, timeout=timeout)
         self.calls[name] += 1
         self.after(name)
         return rows

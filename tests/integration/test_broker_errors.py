@@ -480,17 +480,17 @@ class Fault:
         self._thread = threading.current_thread()  # the listener's statements come at times of their own
         self.statement = ""  #: which one it was
 
-    def query(self, real: Callable[..., Any], connection: Any, sql: str, parameters: Any) -> Any:
+    def query(self, real: Callable[..., Any], connection: Any, sql: str, parameters: Any = (), **options: Any) -> Any:
         if threading.current_thread() is not self._thread or next(self._numbers) != self._at:
-            return real(connection, sql, parameters)
+            return real(connection, sql, parameters, **options)
         self.statement = sql
         if self._when == "after":
-            real(connection, sql, parameters)
+            real(connection, sql, parameters, **options)
         ((pid,),) = real(connection, "SELECT pg_backend_pid()")
         with self._database.admin.connect() as superuser:
             assert superuser.scalar(text(f"SELECT pg_terminate_backend({pid}, {TIMEOUT * 1000})")) is True
         if self._when == "before":
-            return real(connection, sql, parameters)
+            return real(connection, sql, parameters, **options)
         connection.close()
         raise DatabaseUnavailableError("the answer was lost")
 
@@ -587,7 +587,7 @@ def test_nothing_is_lost_when_the_connection_is_lost_at_any_statement(
                 patch.setattr(
                     rhesis_tasks.postgres.connection.Connection,
                     "query",
-                    lambda self, sql, parameters=(), fault=fault: fault.query(real, self, sql, parameters),
+                    lambda self, *args, fault=fault, **options: fault.query(real, self, *args, **options),
                 )
                 life.publish(connection)
                 getattr(life, how)(connection)

@@ -30,7 +30,7 @@ class _Bare:
     def __init__(self) -> None:
         self._raw = psycopg.connect(settings()["url"], autocommit=True)
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, parameters: Sequence[Any] = (), **_: Any) -> list[tuple[Any, ...]]:
         return self._raw.execute(sql.encode(), parameters).fetchall()
 
 

@@ -76,9 +76,14 @@ class _Configuration:
 _DEFAULTS_UID: Final = "rhesis_tasks.defaults"
 # By their names, so that other processes than workers do not import them.
 _SERVICES: Final = "rhesis_tasks.services:Services"
-_LOOP_WATCH: Final = "rhesis_tasks.services:LoopWatch"
-_GIVEN_JOBS: Final = "rhesis_tasks.stopping:GivenJobs"
-_COLD_BOUND: Final = "rhesis_tasks.stopping:ColdBound"
+_CONSUMER_STEPS: Final = frozenset(
+    {
+        Guard,
+        "rhesis_tasks.services:LoopWatch",
+        "rhesis_tasks.stopping:GivenJobs",
+        "rhesis_tasks.stopping:ColdBound",
+    }
+)
 _ABSENT: Final = object()
 _replaced: weakref.WeakKeyDictionary[Celery, dict[str, Any]] = weakref.WeakKeyDictionary()  # defaults of Celery's
 _configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKeyDictionary()
@@ -187,7 +192,7 @@ def configure(
     hooks.install()  # first, since hooks run before the context is gone
     propagation.install(app, signer, launch_records=launch_records)
     outcomes.install()
-    app.steps["consumer"].update({Guard, _LOOP_WATCH, _GIVEN_JOBS, _COLD_BOUND})
+    app.steps["consumer"].update(_CONSUMER_STEPS)
     app.steps["worker"].add(_SERVICES)
     logs.install()
     celeryd_init.connect(_work, weak=False, dispatch_uid=f"{_DEFAULTS_UID}.worker")
@@ -212,7 +217,7 @@ def unconfigure(app: Celery) -> None:
     propagation.uninstall(app)
     use_redaction(app, None)
     use_disclosure(app, show_arguments=False)
-    app.steps["consumer"].difference_update({Guard, _LOOP_WATCH, _GIVEN_JOBS, _COLD_BOUND})
+    app.steps["consumer"].difference_update(_CONSUMER_STEPS)
     app.steps["worker"].discard(_SERVICES)
     use_sessions(app, None)
     if not _configured:

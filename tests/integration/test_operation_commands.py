@@ -239,7 +239,7 @@ def test_a_change_is_printed_first_and_done_with_yes(
         set(scene.ids) - gone - ({"waiting"} if name == "replay" else set())
     )
     assert scene.audit() == [(name, "olga")]
-    told = [line for line in dry.lines + done.lines if "rhesis-tasks" not in line]
+    told = [line for line in dry.lines + done.lines if "rhesis-tasks" not in line]  # a command is not broken
     assert max(map(len, told)) <= 80 or len(scene.organization) > 20
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -329,6 +331,17 @@ def test_what_is_done_before_the_bound_is_not_given_back_with_what_is_not(
     assert messages(tenant_database) == [("wait_for", None, 0)]
 
 
+def unread_by(process: int) -> int:
+    """How many bytes wait in the pipes of a process."""
+    found = 0
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        if os.readlink(file).startswith("pipe:"):
+            opened = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+            found += int.from_bytes(fcntl.ioctl(opened, termios.FIONREAD, b"\0" * 4), sys.byteorder)
+            os.close(opened)
+    return found
+
+
 @pytest.mark.parametrize("task", ["note_early", "note_late"])  # when they are acknowledged
 def test_what_a_process_was_given_but_has_not_begun_is_done_once_and_the_worker_ends(
     start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, task: str
@@ -340,12 +353,11 @@ def test_what_a_process_was_given_but_has_not_begun_is_done_once_and_the_worker_
     os.kill(process, signal.SIGSTOP)
     line = tmp_path / "line"
     launcher.send_task(task, (str(line),))
-    worker.wait_for(f"Task {task}")  # received
-    time.sleep(1)  # nothing says that the process has been given it,
+    wait_until("the process to be given it", lambda: unread_by(process) > 0)
+    given = unread_by(process)
 
     worker.process.send_signal(signal.SIGTERM)
-    worker.wait_for("Warm shutdown")
-    time.sleep(1)  # nor that the worker has told its pool to stop
+    wait_until("the process to be told to stop", lambda: unread_by(process) > given)
     os.kill(process, signal.SIGCONT)
 
     assert ended(worker) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rhesis_tasks.postgres.places import Places
 from rhesis_tasks.postgres.queue import Claimed, Place
 
@@ -76,24 +78,14 @@ def test_from_the_beginning_it_is_walked_for_a_twentieth_of_the_time() -> None:
     assert 10 <= whole <= 16
 
 
-def test_after_a_claim_that_was_kept_waiting_it_is_soon_walked_from_the_beginning() -> None:
+@pytest.mark.parametrize(("took", "later"), [(0.1, 3), (30, 5)], ids=["long", "kept waiting"])
+def test_after_a_long_claim_it_is_soon_walked_from_the_beginning_and_then_as_it_was(took: float, later: float) -> None:
     walker = Walker()
     walker.claim(message(1), takes=0.001)
     walker.clock.now += 1
-    walker.claim(message(2), takes=30)
+    walker.claim(message(2), takes=took)
     assert walker.claim(message(3), takes=0.001) != {}
-    walker.clock.now += 5
-
-    assert walker.claim(message(4), takes=0.001) == {}
-
-
-def test_when_it_is_quick_again_it_is_as_it_was() -> None:
-    walker = Walker()
-    walker.claim(message(1), takes=0.001)
-    walker.clock.now += 1
-    walker.claim(message(2), takes=0.1)
-    assert walker.claim(message(3), takes=0.001) != {}
-    walker.clock.now += 3
+    walker.clock.now += later
 
     assert walker.claim(message(4), takes=0.001) == {}
     assert walker.claim(message(5), takes=0.001) == {}

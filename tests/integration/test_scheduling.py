@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from celery import Celery, chain
 from celery.schedules import schedule
-from conftest import MakeApp
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine, column, select, table, text
 
@@ -29,6 +28,9 @@ from rhesis_tasks.processes import Child, child, free_port, python, wait_until
 from rhesis_tasks.rls import enable_rls
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import TenantDatabase, running_worker
+
+if TYPE_CHECKING:
+    from conftest import MakeApp
 
 HERE = Path(__file__).parent
 DAY = 86_400

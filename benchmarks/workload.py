@@ -1,5 +1,8 @@
 """The Celery application that is measured, the same for every broker; :mod:`notes` says where its settings are.
 
+On our broker it is configured as the applications of our users are, so that each message carries a context, if an empty
+one.
+
 Settings of its own: ``gates`` (a worker that has imported everything waits for the file ``start``, and before its
 first message for the file ``go``; it says so with files named after its process), ``late`` (acknowledge when a task is
 done), ``hold`` (tasks that are held never end in this worker).
@@ -20,6 +23,8 @@ from celery import Celery
 from celery.signals import worker_init, worker_ready
 from notes import Notes, settings, wait_for_gate, write
 
+import rhesis_tasks
+
 __all__ = ["app", "publish_held", "publish_noop", "publish_stamp"]
 
 _settings = settings()
@@ -29,10 +34,9 @@ _latencies = Notes(_folder / "latencies")
 _held = Notes(_folder / "held")
 _done = Notes(_folder / "done")
 
-if _settings["url"].startswith("postgresql://"):
-    import rhesis_tasks  # noqa: F401  # teaches kombu the scheme; nothing else of it is used
-
 app = Celery("workload", broker=_settings["url"])
+if _settings["url"].startswith("postgresql://"):
+    rhesis_tasks.configure(app, broker_url=_settings["url"])
 app.conf.update(
     broker_transport_options=_settings["options"],
     broker_connection_retry_on_startup=True,

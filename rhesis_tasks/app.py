@@ -8,10 +8,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.app.amqp import AMQP
 from celery.app.defaults import SETTING_KEYS
 from celery.signals import beat_init, celeryd_init
 
 from . import hooks, logs, outcomes, propagation
+from .amqp import ContextAMQP
 from .disclosure import use_disclosure
 from .errors import ConfigurationError
 from .failures import Redact, use_redaction
@@ -184,6 +186,8 @@ def configure(
     _apply_settings(app, wanted, explicit_broker=broker_url, explicit_results=result_backend)
     app.conf.update(overrides)
     app.task_cls = ContextTask  # type: ignore[assignment]  # the stubs know it as a name only
+    if _class_of(app.amqp_cls) is AMQP:
+        app.amqp_cls = ContextAMQP  # type: ignore[assignment]
     if sessions is None and database_url is not None:
         sessions = TenantSessions(database_url)
     use_sessions(app, sessions)

@@ -67,8 +67,7 @@ class Connection:
         self.generation = 0  #: how often it was opened
         self.is_pooled = False  #: whether a pooler such as PgBouncer stands between; known once it is open
         self._parameters = _parameters(url, name, connect_timeout)
-        self._raw: psycopg.Connection[Any] | None = None
-        self._statements: Statements | None = None  # of the one that was opened last
+        self._statements: Statements | None = None  # of the psycopg connection
         self._opening = threading.RLock()
         self._asking: set[int] = set()  # threads in the middle of a statement
         self._on_notification: Callable[[str], None] | None = None
@@ -86,16 +85,19 @@ class Connection:
         Raises:
             DatabaseUnavailableError: the server cannot be reached, refuses the login, or is read-only.
         """
-        raw = self._raw
-        if raw is not None and not raw.closed:
-            return raw
-        with self._opening:
-            if self._raw is None or self._raw.closed:
-                self._raw = self._opened(timeout)
-                self.generation += 1
-            return self._raw
+        return self._opened(timeout).raw
 
-    def _opened(self, timeout: float | None) -> psycopg.Connection[Any]:
+    def _opened(self, timeout: float | None) -> Statements:
+        found = self._statements
+        if found is not None and not found.raw.closed:
+            return found
+        with self._opening:
+            if self._statements is None or self._statements.raw.closed:
+                self._statements = self._connected(timeout)
+                self.generation += 1
+            return self._statements
+
+    def _connected(self, timeout: float | None) -> Statements:
         import psycopg
 
         from .statements import Statements
@@ -108,8 +110,7 @@ class Connection:
                 if forks == _forks:
                     break
                 raw.close()  # a child that was forked meanwhile has the socket, too, and does not know
-            statements = Statements(raw, prepares=False)
-            [(pid, is_read_only)] = statements.run(
+            [(pid, is_read_only)] = Statements(raw, prepares=False).run(
                 "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'", timeout=timeout
             )
         except psycopg.Error as error:
@@ -123,7 +124,7 @@ class Connection:
         self.is_pooled = pid != raw.info.backend_pid
         if (call := self._on_notification) is not None:
             raw.add_notify_handler(lambda notification: call(notification.payload))  # received during a query
-        return raw
+        return Statements(raw, prepares=not self.is_pooled)
 
     def on_notification(self, call: Callable[[str], None]) -> None:
         """Call a function with the payload of each notification; to be said before it is opened."""
@@ -151,20 +152,22 @@ class Connection:
             raise self._unavailable(f"{redacted(self.url)}: interrupted in the middle of a statement")
         self._asking.add(thread)
         try:
-            return self._query(sql, parameters, timeout)
+            return self._opened(timeout).run(sql, parameters, timeout=timeout)
+        except Exception as error:
+            self._raise_ours(error)
+            raise
         finally:
             self._asking.discard(thread)
 
-    def _query(self, sql: str, parameters: Sequence[Any], timeout: float | None) -> list[tuple[Any, ...]]:
+    def _raise_ours(self, error: Exception) -> None:
+        """Raise what an error of psycopg's is for whoever asked; the connection is closed if it is of no use now."""
         import psycopg
 
         from .statements import NoAnswer
 
-        try:
-            return self._statements_of(self.open(timeout)).run(sql, parameters, timeout=timeout)
-        except NoAnswer as error:
+        if isinstance(error, NoAnswer):
             raise no_answer(self.url, error) from None
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             if (need := _NEEDS.get(error.sqlstate or "")) is not None:
                 raise DatabaseFullError(
                     f"{redacted(self.url)} has no room: {_first_lines(error)}.  {need}", url=redacted(self.url)
@@ -172,30 +175,22 @@ class Connection:
             if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
                 self.close()
             raise self._unavailable(f"{redacted(self.url)}: {_first_lines(error)}") from error
-        except psycopg.Error as error:
-            if error.sqlstate == "25006":  # it has become a standby
-                self.close()
-                raise self._unavailable(read_only(self.url)) from error
-            if error.sqlstate == "42501":
-                raise MissingPrivilegeError(
-                    f"the login {self.url.username!r} may not do this: {_first_lines(error)}.  Let the owner of the "
-                    "library's tables run `rhesis-tasks schema create` with --role for logins that run or control "
-                    "workers, --web-role for logins that only launch tasks"
-                ) from error
-            if error.sqlstate in ("3F000", "42883", "42P01"):
-                raise SchemaError(
-                    f"the library's tables or functions are not there: {_first_lines(error)}.  Run "
-                    "`rhesis-tasks schema create`"
-                ) from error
-            raise
-
-    def _statements_of(self, raw: psycopg.Connection[Any]) -> Statements:
-        from .statements import Statements
-
-        found = self._statements
-        if found is None or found.raw is not raw:
-            found = self._statements = Statements(raw, prepares=not self.is_pooled)
-        return found
+        if not isinstance(error, psycopg.Error):
+            return
+        if error.sqlstate == "25006":  # it has become a standby
+            self.close()
+            raise self._unavailable(read_only(self.url)) from error
+        if error.sqlstate == "42501":
+            raise MissingPrivilegeError(
+                f"the login {self.url.username!r} may not do this: {_first_lines(error)}.  Let the owner of the "
+                "library's tables run `rhesis-tasks schema create` with --role for logins that run or control "
+                "workers, --web-role for logins that only launch tasks"
+            ) from error
+        if error.sqlstate in ("3F000", "42883", "42P01"):
+            raise SchemaError(
+                f"the library's tables or functions are not there: {_first_lines(error)}.  Run "
+                "`rhesis-tasks schema create`"
+            ) from error
 
     def _unavailable(self, message: str) -> DatabaseUnavailableError:
         return DatabaseUnavailableError(message, url=redacted(self.url))
@@ -224,20 +219,20 @@ class Connection:
 
     def cut(self) -> None:
         """Let whoever waits for an answer get an error; from any thread."""
-        raw = self._raw
-        if raw is not None:
-            with suppress(Exception), socket.socket(fileno=os.dup(raw.fileno())) as end:
+        opened = self._statements
+        if opened is not None:
+            with suppress(Exception), socket.socket(fileno=os.dup(opened.raw.fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close it; the next query opens it again."""
-        raw, self._raw = self._raw, None
-        if raw is not None:
-            raw.close()
+        opened, self._statements = self._statements, None
+        if opened is not None:
+            opened.raw.close()
 
     def _forget(self) -> None:
         """In a forked child: the connection is the parent's."""
-        self._raw = None
+        self._statements = None
         self._opening = threading.RLock()
         self._asking = set()
 

@@ -7,6 +7,7 @@ Celery and kombu.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import uuid
@@ -88,6 +89,11 @@ class Kept(NamedTuple):
     promotes: bool  #: whether it is the one that lets messages be claimed when they are due
 
 
+@functools.cache
+def _in_schema(sql: str, schema: str) -> str:
+    return sql.format(schema=quote_identifier(schema))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class MessageQueue:
     """The queue in one schema of a database, over one connection.
@@ -141,11 +147,10 @@ class MessageQueue:
         Returns:
             How many queues got it; None if there is no such exchange.
         """
-        schema = quote_identifier(self.schema)
         values = (exchange, routing_key, envelope, body, priority, tenant, task_id, task_name, ttl, delay, lapse)
         if launch is None:
-            return self._query(PUBLISH.format(schema=schema), values)[0][0]  # type: ignore[no-any-return]
-        rows = self._query(_PUBLISH_WITH_RECORD.format(schema=schema), (*launch.values, *values))
+            return self._query(_in_schema(PUBLISH, self.schema), values)[0][0]  # type: ignore[no-any-return]
+        rows = self._query(_in_schema(_PUBLISH_WITH_RECORD, self.schema), (*launch.values, *values))
         is_new, routed = rows[0]
         # Published again after a lost connection, it finds the record that it made itself.
         launch.is_new = launch.is_new or is_new

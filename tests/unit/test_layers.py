@@ -18,7 +18,7 @@ LAYERS = [
     {"rls", "ddl", "models"},
     {"postgres"},
     {"retry", "retry_causes", "retrying", "batch", "canvas", "propagation", "binding", "outcomes", "hooks", "sessions"}
-    | {"injection", "logs", "threads", "loops", "otel", "reporting", "runs", "soft_limits"},
+    | {"injection", "logs", "threads", "loops", "otel", "reporting", "runs", "soft_limits", "amqp"},
     {
         "request",
         "guard",

@@ -52,7 +52,7 @@ def steps(broker: Broker, folder: Path, stack: ExitStack) -> dict[str, Step]:
     raw.execute("CREATE TABLE plain (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, envelope json, body bytea)")
     return {
         "a task, published": publish,
-        "of that, Celery and kombu": without_the_database,
+        "of that, Celery, kombu and the context": without_the_database,
         "of that, our statement": statement(flushed=True),
         "our statement, if nothing is flushed": statement(flushed=False),
         "INSERT of the same message, table with primary key": lambda: raw.execute(
@@ -84,7 +84,8 @@ def measure(broker: Broker, folder: Path, rounds: int, count: int, *, markdown: 
     whole, celery, _, _, insert, _ = found.values()
     limits = [(one + other) / all for one, other, all in zip(celery, insert, whole, strict=True)]
     print(table(rows, markdown=markdown))
-    print(f"\nCelery, kombu and that INSERT take {median(limits):.2f} of a task's time ({spread(limits, '.2f')}).")
+    share = f"{median(limits):.2f} of a task's time ({spread(limits, '.2f')})"
+    print(f"\nCelery, kombu, the context and that INSERT take {share}.")
 
 
 def main() -> None:

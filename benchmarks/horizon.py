@@ -47,7 +47,7 @@ class Load:
 
     def __init__(self, queue: MessageQueue, places: bool) -> None:
         self._queue = queue
-        self._places = Places() if places else None
+        self._places = {name: Places() for name in ("tasks", "events")} if places else {}
         self._consumer = queue.new_consumer()
         self._acks: list[tuple[int, int]] = []
         self._spent: defaultdict[str, list[float]] = defaultdict(list)
@@ -68,19 +68,19 @@ class Load:
             delay = 0.05 if number % 8 == 0 else None
             self._timed("publish", lambda delay=delay: queue.publish("", "tasks", "{}", _BODY, delay=delay))
             queue.publish("", "events", "{}", _EVENT)
-        self._timed("take", lambda: queue.claim(self._consumer, [], 0, take_from=["events"], take_slots=100))
-        messages = self._timed("claim", self._claim)
+        self._timed("take", lambda: self._claim("events", [], 0, take_from=["events"], take_slots=100))
+        messages = self._timed("claim", lambda: self._claim("tasks", ["tasks"], _BATCH, acks=self._acks))
+        self._acks = [(message.id, message.token) for message in messages if message.token is not None]
         # It was notified, and waits anew: once in a batch; each task, where workers are idle.
         self._timed("wait_for", lambda: queue.wait_for(self._consumer, ["tasks", "events"]))
         return len(messages)
 
-    def _claim(self) -> list[Claimed]:
-        began = time.monotonic()
-        starts = self._places.starts(["tasks"]) if self._places else {}
-        messages, _ = self._queue.claim(self._consumer, ["tasks"], _BATCH, acks=self._acks, places=starts)
-        if self._places:
-            self._places.claimed(starts, messages, began)
-        self._acks = [(message.id, message.token) for message in messages if message.token is not None]
+    def _claim(self, queue: str, claim_from: list[str], slots: int, **more: Any) -> list[Claimed]:
+        began, places = time.monotonic(), self._places.get(queue)
+        starts = places.starts([queue]) if places else {}
+        messages, _ = self._queue.claim(self._consumer, claim_from, slots, places=starts, **more)
+        if places:
+            places.claimed(starts, messages, began)
         return messages
 
     def upkeep(self) -> None:

@@ -426,7 +426,7 @@ class Consumer:
     def _exchange(self, claim_from: list[str], slots: int, *, take_from: list[str], take_slots: int) -> list[Claimed]:
         """Acknowledge what was done for what waits."""
         acks = self._taken_acks()
-        places, began = self._places.starts(claim_from), time.monotonic()
+        places, began = self._places.starts((*claim_from, *take_from)), time.monotonic()
         try:
             messages, late = self._queue.claim(
                 self.number,

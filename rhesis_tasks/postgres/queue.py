@@ -321,7 +321,7 @@ class MessageQueue:
             The messages in the order of delivery, taken ones first; and the acknowledgements that came too late.
         """
         ids, tokens = [id for id, _ in acks], [token for _, token in acks]
-        starts = [places.get(queue) for queue in queues]
+        starts = [places.get(queue) for queue in (*queues, *take_from)]
         rows = self._query(
             f"SELECT * FROM {quote_identifier(self.schema)}.claim(%s, %s::bigint[], %s::bigint[], %s, %s, %s, %s, "  # noqa: S608
             "%s, %s, %s, %s::smallint[], %s::double precision[], %s::bigint[])",

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import kombu
 import psycopg
 import pytest
 from sqlalchemy import URL
 
+from rhesis_tasks.postgres import places
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.queue import MessageQueue, Place
 from rhesis_tasks.processes import wait_until
@@ -37,7 +40,7 @@ class Load:
         self.queue = MessageQueue(self.connection, "rhesis_tasks")
         self.consumer = self.queue.new_consumer()
         self.acks: list[tuple[int, int]] = []
-        self.place: Place | None = None  # of the first message of the last claim
+        self.places: dict[str, Place] = {}  # of the first message of each queue's last claim
         self.queue.declare_queue("tasks")
         self.queue.declare_queue("events", durable=False)
         self.queue.attach(self.consumer, "test", ["tasks", "events"])
@@ -49,12 +52,13 @@ class Load:
             self.queue.publish("", "events", "{}", b"x" * 200, ttl=5.0)
         time.sleep(0.002)
         self.queue.promote(1000)
-        self.queue.claim(self.consumer, [], 0, take_from=["events"], take_slots=100)
-        places = {} if self.place is None else {"tasks": self.place}
-        messages, _ = self.queue.claim(self.consumer, ["tasks"], BATCH, acks=self.acks, places=places)
+        messages, _ = self.queue.claim(
+            self.consumer, ["tasks"], BATCH, take_from=["events"], take_slots=100, acks=self.acks, places=self.places
+        )
         self.acks = [(message.id, message.token) for message in messages if message.token is not None]
-        if messages:
-            self.place = messages[0].place
+        for message in reversed(messages):
+            assert message.place is not None
+            self.places[message.queue] = message.place
 
     def wake(self, times: int, consumer: int | None = None) -> None:
         """A consumer waits and is notified, so often."""
@@ -98,14 +102,21 @@ def load(tenant_database: TenantDatabase) -> Iterator[Load]:
 
 
 @pytest.mark.usefixtures("long_transaction")
-def test_a_claim_from_where_the_consumer_was_costs_the_same_all_through_a_long_transaction(load: Load) -> None:
-    rest = [[], [], ["tasks"], BATCH, [], 0, True, 5, 30.0]
+@pytest.mark.parametrize("queue", ["tasks", "events"])
+def test_a_claim_from_where_the_consumer_was_costs_the_same_all_through_a_long_transaction(
+    load: Load, queue: str
+) -> None:
+    wanted = {"tasks": (["tasks"], BATCH, [], 0), "events": ([], 0, ["events"], BATCH)}[queue]
+
+    def pages(place: Place | None) -> int:
+        return load.pages("claim", load.consumer, [], [], *wanted, True, 5, 30.0, *at(place))
+
     walked_on, from_the_beginning = [], []
     for _ in range(3):
         for _ in range(TURNS):
             load.turn()
-        walked_on.append(load.pages("claim", load.consumer, *rest, *at(load.place)))
-        from_the_beginning.append(load.pages("claim", load.consumer, *rest, *at(None)))
+        walked_on.append(pages(load.places[queue]))
+        from_the_beginning.append(pages(None))
 
     print(f"pages of a claim: {walked_on}; from the beginning: {from_the_beginning}")
     assert from_the_beginning[2] > from_the_beginning[0] + TURNS * BATCH / 10  # the transaction does what is said of it
@@ -122,7 +133,7 @@ def test_statistics_of_tables_full_of_what_is_gone_do_not_let_a_claim_walk_it(lo
     for _ in range(BATCH):
         load.queue.publish("", "tasks", "{}", b"x" * 900)
 
-    read = load.pages("claim", load.consumer, [], [], ["tasks"], BATCH, [], 0, True, 5, 30.0, *at(load.place))
+    read = load.pages("claim", load.consumer, [], [], ["tasks"], BATCH, [], 0, True, 5, 30.0, *at(load.places["tasks"]))
 
     assert read < TURNS * BATCH
 
@@ -190,3 +201,31 @@ def test_what_a_consumer_says_now_and_then_costs_the_same_as_time_goes_on(load: 
     print(f"pages: {agree} and {tend}")
     assert agree[2] <= 2 * agree[0] + 50
     assert tend[2] <= 2 * tend[0] + 50
+
+
+def test_a_consumer_walks_on_where_it_claims_and_where_it_takes(
+    tenant_database: TenantDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_LONG", -1.0), ("_PART", 1e-9), ("_BACK", 0.0)):  # each claim seems to have taken long
+        monkeypatch.setattr(places, name, value)
+    claim, walked_on = MessageQueue.claim, set()
+
+    def note(self: MessageQueue, *args: Any, **options: Any) -> Any:
+        walked_on.update(options["places"])
+        return claim(self, *args, **options)
+
+    monkeypatch.setattr(MessageQueue, "claim", note)
+    with kombu.Connection(tenant_database.url) as connection:
+        received: list[str] = []
+        tasks, events = kombu.Queue("tasks"), kombu.Queue("events", durable=False)
+        for queue, no_ack in ((tasks, False), (events, True)):
+            consumer = connection.Consumer([queue], no_ack=no_ack, on_message=lambda got: received.append(got.body))
+            consumer.consume()
+        producer = connection.Producer()
+        deadline = time.monotonic() + 60
+        while walked_on != {"tasks", "events"}:
+            assert time.monotonic() < deadline, f"it walks on in {walked_on} only, after {len(received)} messages"
+            for queue in (tasks, events):
+                producer.publish("", routing_key=queue.name)
+            with suppress(TimeoutError):
+                connection.drain_events(timeout=0.1)

@@ -325,8 +325,9 @@ $$;
 -- holds something claims no more until it holds nothing.  What was delivered max_deliveries times is claimed to be
 -- buried.
 --
--- A place (-priority, start, id) for each queue says from where to walk it, NULLs from the beginning.  While a long
--- transaction keeps the server from removing what is gone, a walk from the beginning passes all of it.
+-- A place (-priority, start, id) for each queue of claim_from and then of take_from says from where to walk it, NULLs
+-- from the beginning.  While a long transaction keeps the server from removing what is gone, a walk from the beginning
+-- passes all of it.
 -- Index: message_next and message_suspect for each queue; the primary key for acknowledgements.  Planned for a table
 -- that is sometimes empty and sometimes huge, whatever its statistics say; and once in a session, since planning costs
 -- more than the rest: left to itself, PostgreSQL would plan each claim anew, for its numbers of rows.
@@ -346,7 +347,7 @@ SET enable_mergejoin = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     from_queue text;
     found_rows integer;
-    number     integer := 0;
+    number     integer;
     claimed    integer := 0;
 BEGIN
     IF cardinality(acked) > 0 THEN
@@ -358,19 +359,24 @@ BEGIN
                NULL::text, NULL::bytea, NULL::smallint, NULL::double precision, NULL::boolean, NULL::text
         FROM unnest(acked, tokens) a (id, token) WHERE a.token NOT IN (SELECT gone.claim_token FROM gone);
     END IF;
+    number := cardinality(claim_from);
     FOREACH from_queue IN ARRAY take_from LOOP
         EXIT WHEN take_slots <= 0;
+        number := number + 1;
         RETURN QUERY
         WITH ready AS (
             SELECT m.row_at, m.of_table, row_number() OVER () AS rank
             FROM (SELECT w.ctid AS row_at, w.tableoid AS of_table FROM @schema@.message w
                   WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries < 2
+                    AND (-w.priority, w.start, w.id) >= (coalesce(from_priorities[number], -32767::smallint),
+                                                         coalesce(from_starts[number], '-infinity'),
+                                                         coalesce(from_ids[number], 0))
                     AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
                   ORDER BY -w.priority, w.start, w.id LIMIT take_slots FOR UPDATE SKIP LOCKED) m)
         DELETE FROM @schema@.message m USING ready
         WHERE m.ctid = ready.row_at AND m.tableoid = ready.of_table
         RETURNING m.id, m.queue, NULL::bigint, m.deliveries + 1, ready.rank, m.envelope::text, m.body,
-                  NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
+                  -m.priority, m.start, m.not_before <= clock_timestamp(), NULL::text;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         take_slots := take_slots - found_rows;
         IF take_slots > 0 THEN
@@ -438,6 +444,7 @@ BEGIN
             RETURN;
         END IF;
     END LOOP;
+    number := 0;
     FOREACH from_queue IN ARRAY claim_from LOOP
         EXIT WHEN slots <= 0;
         number := number + 1;

@@ -14,10 +14,11 @@ from celery.canvas import Signature
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["COMPOSITES", "Carry", "Part", "bound", "bound_options", "last_task", "parts"]
+__all__ = ["CALLING", "COMPOSITES", "Carry", "Part", "bound", "bound_options", "last_task", "parts"]
 
 COMPOSITES: Final = frozenset({"chain", "group", "chord"})
-_CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+CALLING: Final = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+"""Tasks of Celery's own that call another one, in their own context."""
 
 
 Carry: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
@@ -55,7 +56,7 @@ def _nested(signature: Mapping[str, Any], given: int | None) -> Iterator[Part]:
                 yield Part(part, given)
             if kwargs["body"] is not None:
                 yield Part(kwargs["body"], 1)
-        case _ if signature["task"] in _CALLING:
+        case _ if signature["task"] in CALLING:
             yield Part(kwargs["task"], None)  # called inside Celery's own task
     options = signature.get("options") or {}
     for part in _listed(options.get("link")):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import task_postrun, task_prerun, worker_init
 from kombu.utils.uuid import uuid
 
-from .canvas import COMPOSITES, Carry, bound_options, parts
+from .canvas import CALLING, COMPOSITES, Carry, bound_options, parts
 from .context import TenantContext, agreed, current_tenant, exactly, same_tenant, tenant_in
 from .disclosure import SHOWN, shown_arguments
 from .errors import ContextError, HeaderError, NotConfiguredError, TenantConflictError
@@ -122,6 +122,8 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
         envelope = for_launch(outgoing_envelope(headers, task, kwargs), options)
         if (check := getattr(task, "check_launch", None)) is not None:
             check(envelope.tenant)
+        if name in CALLING:
+            _check_called(name, kwargs, envelope.tenant)
         if any(map(options.get, _BOUND)):
             # What is published after it, by a worker and from whatever context, is the launcher's, too: bound now.
             for key in _BOUND:
@@ -328,6 +330,22 @@ def _check_launch(app: Celery, part: Mapping[str, Any], launcher: TenantContext 
         headers = (part.get("options") or {}).get("headers")
         with exactly(launcher):
             check(outgoing_tenant(headers, task, part.get("kwargs")))
+
+
+def _check_called(name: str, kwargs: Any, launcher: TenantContext | None) -> None:
+    """Raise TenantConflictError if ``map`` would call a task for another tenant than it is bound to."""
+    called = (kwargs or {}).get("task") or {}
+    headers = (called.get("options") or {}).get("headers")
+    if find(headers) is None:
+        return
+    bound_to = outgoing_envelope(headers).tenant
+    if bound_to is not None and (launcher is None or not same_tenant(bound_to, launcher)):
+        raise TenantConflictError(
+            f"{name} calls {called.get('task')} in its own context, which is {launcher or 'no tenant'}; but that is "
+            f"bound to {bound_to}.  Launch a group of its signatures, or open tenant_scope(...) for that tenant",
+            first=bound_to,
+            second=launcher,
+        )
 
 
 def records(app: Celery) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group, signature
+from celery.canvas import xmap, xstarmap
 from celery.result import AsyncResult, GroupResult
 
 from rhesis_tasks import (
@@ -404,6 +405,20 @@ def test_the_results_of_canvases_are_the_ones_celery_gives(tasks: Tasks, work_of
     work_off(tasks.app)
 
     assert [in_chain.get(), in_group.get(), in_chord.get(), mapped.get()] == [4, [2, 3], 5, [2, 4]]
+
+
+@pytest.mark.parametrize("kind", ["map", "starmap"])
+def test_what_is_called_by_a_map_of_one_tenant_is_bound_to_no_other(tasks: Tasks, published: Any, kind: str) -> None:
+    def mapped(tenant: TenantContext) -> Any:
+        part = tasks.add.s().set(headers={HEADER: encode(Envelope(tenant))})
+        return xmap(part, [1], app=tasks.app) if kind == "map" else xstarmap(part, [(1, 2)], app=tasks.app)
+
+    with tenant_scope(ACME):
+        with pytest.raises(TenantConflictError, match=f"celery.{kind} calls add in its own context"):
+            mapped(GLOBEX).delay()
+        mapped(ACME).delay()
+
+    assert [message.task for message in published(tasks.app)] == [f"celery.{kind}"]
 
 
 def test_a_part_that_is_bound_to_another_tenant_is_refused(tasks: Tasks, published: Any) -> None:

@@ -22,13 +22,13 @@ from .errors import DatabaseUnavailableError, DeadLetterError, MissingTenantErro
 from .headers import decode, find
 from .hooks import has_async_hooks
 from .outcomes import log_unknown
-from .propagation import signer_of
+from .propagation import records, signer_of
 
 if TYPE_CHECKING:
     from celery import Celery
     from kombu.message import Message
 
-__all__ = ["Guard", "refuse_async_tasks", "refuse_to_start"]
+__all__ = ["Guard", "refuse_async_tasks", "refuse_deduplication", "refuse_to_start"]
 
 _log = logging.getLogger(__name__)
 _security = logging.getLogger("rhesis_tasks.security")
@@ -51,6 +51,7 @@ class Guard(bootsteps.StartStopStep):
     @override
     def start(self, parent: Any) -> None:
         refuse_async_tasks(parent.app, type(parent.pool).__module__.rpartition(".")[2])
+        refuse_deduplication(parent.app)
         transport = parent.connection.transport
         if hasattr(transport, "on_dead"):
             transport.on_dead = functools.partial(_give_up, parent)
@@ -179,6 +180,19 @@ def refuse_async_tasks(app: Celery, pool: str) -> None:
                 f"application {app.main!r} has async def {what}, which a {pool} worker cannot run: {', '.join(found)}"
                 ".  Start it with --pool prefork, threads or solo, or do not import them there"
             )
+
+
+def refuse_deduplication(app: Celery) -> None:
+    """Check that a message that is delivered again is not looked up where there are tenants' records.
+
+    Raises:
+        SystemExit: it would be: Celery does so before anybody knows whose the task is, by its id alone.
+    """
+    if app.conf.worker_deduplicate_successful_tasks and records(app):
+        raise SystemExit(
+            f"application {app.main!r} sets worker_deduplicate_successful_tasks, which goes by a task's id alone: with "
+            "results in PostgreSQL, where each tenant has its own, it loses what is delivered again.  Switch it off"
+        )
 
 
 def refuse_to_start(app: Celery) -> None:

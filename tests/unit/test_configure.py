@@ -18,6 +18,7 @@ from sqlalchemy.engine import make_url
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, unconfigure
 from rhesis_tasks.app import DEFAULTS
 from rhesis_tasks.errors import ConfigurationError, NotConfiguredError
+from rhesis_tasks.guard import refuse_deduplication
 from rhesis_tasks.headers import HEADER
 from rhesis_tasks.postgres.patience import answer_timeout
 from rhesis_tasks.postgres.results import PostgresBackend
@@ -489,3 +490,13 @@ def test_how_long_an_answer_is_waited_for_is_a_number_of_seconds_or_none() -> No
     for value in (-1, 0, "5", True, float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match=rf"'answer_timeout'\] is a number of seconds, .* not {value!r}"):
             answer_timeout({"answer_timeout": value}, "broker_transport_options")
+
+
+def test_a_worker_does_not_look_up_by_the_id_alone_what_is_delivered_again(bare: Celery) -> None:
+    configure(bare, "postgresql://app@db/shop", worker_deduplicate_successful_tasks=True)
+
+    with pytest.raises(SystemExit, match="worker_deduplicate_successful_tasks, which goes by a task's id alone"):
+        refuse_deduplication(bare)
+
+    bare.conf.worker_deduplicate_successful_tasks = False
+    refuse_deduplication(bare)

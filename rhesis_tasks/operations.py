@@ -41,6 +41,7 @@ from .postgres.operations import (
 from .propagation import signer_of
 from .settings import database_url, rendered
 from .states import TERMINAL, State
+from .status import stop_tasks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -171,11 +172,7 @@ def purge(
     Raises:
         ConfigurationError: the filter means all of them, and ``everything`` was not said; or it names RUNNING.
     """
-    if which.is_empty and not everything:
-        raise ConfigurationError(
-            "a purge without a filter deletes the messages of all tenants and queues.  Name an organization, user, "
-            "task, queue or age; or say that everything is meant"
-        )
+    _require_meant(which, "a purge", "deletes the messages of all tenants and queues", everything)
     if MessageState.RUNNING in (which.states or ()):
         raise ConfigurationError("what a worker has claimed is not purged.  Revoke or terminate it")
     which = dataclasses.replace(which, states=which.states or UNHELD)
@@ -205,7 +202,9 @@ def replay(app: Celery, which: MessageFilter | None = None, *, operator: str, dr
     return run.end(run.before)
 
 
-def revoke(app: Celery, which: MessageFilter, *, operator: str, dry_run: bool = True) -> Operation:
+def revoke(
+    app: Celery, which: MessageFilter, *, operator: str, dry_run: bool = True, everything: bool = False
+) -> Operation:
     """Stop tasks: those that wait or are delayed never run, those that run are asked to stop (``should_abort()``).
 
     Their messages are purged, but for what a worker has claimed: if it has not begun, the worker drops it.
@@ -215,12 +214,20 @@ def revoke(app: Celery, which: MessageFilter, *, operator: str, dry_run: bool = 
         which: which ones.
         operator: whose name the audit record gets.
         dry_run: only count.
+        everything: has to be said for a filter that means all messages.
+
+    Raises:
+        ConfigurationError: the filter means all of them, and ``everything`` was not said; or dead letters only.
     """
+    _require_meant(which, "a revocation", "stops the tasks of all tenants and queues", everything)
     return _stop(app, "revoke", which, operator, dry_run)
 
 
-def terminate(app: Celery, which: MessageFilter, *, operator: str, dry_run: bool = True) -> Operation:
+def terminate(
+    app: Celery, which: MessageFilter, *, operator: str, dry_run: bool = True, everything: bool = False
+) -> Operation:
     """The same; besides, workers end what they run (where the pool can: prefork)."""
+    _require_meant(which, "a termination", "ends the tasks of all tenants and queues", everything)
     return _stop(app, "terminate", which, operator, dry_run)
 
 
@@ -240,8 +247,13 @@ def offboard(
         timeout: seconds to wait for what runs to have ended.
 
     Raises:
-        ConfigurationError: tasks of this tenant run; nothing was changed, or with ``stop``, they are still running.
+        ConfigurationError: no organization is named; or tasks of this one run, and nothing was changed, or with
+            ``stop``, they are still running.
     """
+    if not isinstance(organization_id, str) or not organization_id:
+        raise ConfigurationError(
+            f"offboard() removes all of one organization: name it by its id, not {organization_id!r}"
+        )
     which = MessageFilter(organization_id=organization_id)
     run = _Run(app, "offboard", operator, which, dry_run)
     tasks, groups = run.table.count_records(organization_id) if run.table.has_records else (0, 0)
@@ -261,6 +273,15 @@ def offboard(
     if run.table.has_records:
         run.forget(organization_id)
     return run.end({})
+
+
+def _require_meant(which: MessageFilter, action: str, does: str, everything: bool) -> None:
+    """Raise ConfigurationError for a filter that means all messages, unless somebody said so."""
+    if which.is_empty and not everything:
+        raise ConfigurationError(
+            f"{action} without a filter {does}.  Name an organization, user, task, queue or age; or say that "
+            "everything is meant: everything=True"
+        )
 
 
 def _stop(app: Celery, action: str, which: MessageFilter, operator: str, dry_run: bool) -> Operation:
@@ -374,7 +395,7 @@ class _Run:
         self.done["running"] += len(held)
         self.done["records"] += sum(each.is_ended or each.is_asked for each in held)
         if held:
-            self.app.control.revoke([each.task_id for each in held], terminate=terminates)
+            stop_tasks(self.app, [(each.organization_id, each.task_id) for each in held], terminate=terminates)
 
     def forget(self, organization_id: str) -> None:
         """Delete an organization's records, batch by batch."""

@@ -27,6 +27,8 @@ from celery.worker import request as worker_request
 from celery.worker import state
 from typing_extensions import override
 
+from .context import TenantContext
+from .control import stopped
 from .disclosure import shown_arguments, shown_fields, shows_arguments
 from .errors import ContextError
 from .failures import reason_of
@@ -106,13 +108,15 @@ class ContextRequest(_Request):  # type: ignore[misc]
     def _hide_arguments(self, app: Celery) -> None:
         """Show as little of them as if it came from here."""
         args, kwargs, _ = self._payload
-        try:
-            tenant = outgoing_tenant(self._request_dict, self.task, kwargs)
-        except ContextError:
-            tenant = None
-        positional, self._kwargsrepr = shown_arguments(app, tenant, args, kwargs)
+        positional, self._kwargsrepr = shown_arguments(app, self._tenant(), args, kwargs)
         if positional is not None:
             self._argsrepr = positional
+
+    def _tenant(self) -> TenantContext | None:
+        try:
+            return outgoing_tenant(self._request_dict, self.task, self._payload[1])
+        except ContextError:
+            return None
 
     @override
     def info(self, safe: bool = False) -> Any:
@@ -154,10 +158,38 @@ class ContextRequest(_Request):  # type: ignore[misc]
     @override
     def revoked(self) -> bool:
         """Whether the task was revoked or has expired; Celery asks for each task, so the context waits until it may."""
-        if not (self._expires or self.stamped_headers or self._already_revoked or self.id in state.revoked):
+        is_stopped = (
+            len(stopped) > 0 and not self._already_revoked and any((owner, self.id) in stopped for owner in self.owners)
+        )
+        if not (
+            is_stopped or self._expires or self.stamped_headers or self._already_revoked or self.id in state.revoked
+        ):
             return False
         with self._as_launched():
+            if is_stopped:
+                _log.info("Discarding revoked task: %s[%s]", self.name, self.id)
+                self._announce_revoked("revoked", False, None, False)
+                return True
             return bool(super().revoked())
+
+    @override
+    def maybe_expire(self) -> bool | None:
+        """Whether it has expired.
+
+        Celery keeps the id among the revoked ones then, which would stop another tenant's task of the same id.
+        """
+        was_revoked = self.id in state.revoked
+        has_expired: bool | None = super().maybe_expire()
+        if has_expired and not was_revoked:
+            state.revoked.discard(self.id)
+        return has_expired
+
+    @property
+    def owners(self) -> list[str | None]:
+        """Whose task it is: an organization's id; and None, too, if its message has no header that says so."""
+        tenant = self._tenant()
+        named: list[str | None] = [] if tenant is None else [tenant.organization_id]
+        return named if named and HEADER in self._request_dict else [*named, None]
 
     @override
     def _announce_revoked(self, *args: Any, **kwargs: Any) -> None:

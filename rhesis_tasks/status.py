@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from .context import require_tenant
 from .errors import NotSupportedError
 from .postgres.records import Filter
 from .states import State
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
     from .postgres.records import TaskRecord
 
-__all__ = ["Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", "task_tree"]
+__all__ = ["Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", "stop_tasks", "task_tree"]
+
+STOP: Final = "rhesis_tasks_stop"
+"""The remote control command by which workers are told to stop tasks.  Celery's ``revoke`` knows ids alone."""
 
 MAX_TREE: Final = 10_000
 """The largest number of tasks in a tree."""
@@ -112,9 +116,20 @@ def cancel_task(app: Celery, task_id: str, *, terminate: bool = False) -> Cancel
     if backend.request_abort(task_id):
         if not terminate:
             return Cancellation.ASKED
-        app.control.revoke(task_id, terminate=True)
+        stop_tasks(app, [(require_tenant().organization_id, task_id)], terminate=True)
         return Cancellation.TERMINATED
     return None if backend.get_record(task_id) is None else Cancellation.ENDED
+
+
+def stop_tasks(app: Celery, tasks: Iterable[tuple[str | None, str]], *, terminate: bool) -> None:
+    """Tell all workers not to begin with some tasks.
+
+    Args:
+        app: whose workers.
+        tasks: the organization and the id of each; None where its message names none.
+        terminate: whether they are to end those that run, too; where the pool can, which is prefork.
+    """
+    app.control.broadcast(STOP, arguments={"tasks": [list(each) for each in tasks], "terminate": terminate})
 
 
 def task_tree(app: Celery, task_id: str) -> TaskNode | None:

@@ -330,7 +330,7 @@ def _stop(
     from ..operations import login_name
 
     meant = _meant(message_filter(**which, task_id=task_id, states=states), everything)
-    done = stop(application(app), meant, operator=operator or login_name(), dry_run=not yes)
+    done = stop(application(app), meant, operator=operator or login_name(), dry_run=not yes, everything=everything)
     say(
         done,
         as_json,

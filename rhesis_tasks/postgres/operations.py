@@ -144,6 +144,7 @@ class Held:
     """A message that is claimed, and whose task was asked to stop."""
 
     id: int
+    organization_id: str | None
     task_id: str
     is_ended: bool  #: it had not begun, and never will
     is_asked: bool  #: it had, and ``should_abort()`` says so
@@ -249,7 +250,7 @@ class OperationTable(RecordTable):
         """Ask the tasks of claimed messages to stop; those that have not begun are revoked."""
         ended = (revoke.target.value, *error_of(text), self._states(WAITING))
         rows = self._within(
-            transaction, "operation_abort", (_json(which), actor(operator), self._states(UNFINISHED), *ended)
+            transaction, "operation_stop", (_json(which), actor(operator), self._states(UNFINISHED), *ended)
         )
         return [Held(**row) for row in rows]
 

@@ -33,6 +33,7 @@ from ..failures import reason_of, redact_exception, redact_text, redacts
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, Transition, bury, by_celery, expire, to_celery
+from ..variables import Activation
 from .launching import Launch, launching
 from .patience import answer_timeout
 from .records import ChordPart, EndedPart, Filter, RecordTable, StateChange, TaskRecord, is_lost, launch_values
@@ -321,6 +322,17 @@ class PostgresBackend(DatabaseBackend):
         """
         with exactly(_tenant_of(request)):
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+
+    def _call_task_errbacks(self, request: Any, exc: Exception, traceback: str | None) -> None:
+        """As Celery's, each callback for whom its own header says: those that take three arguments are called here."""
+        errbacks = request.errbacks
+        try:
+            for errback in errbacks or ():
+                request.errbacks = [errback]
+                with _as_bound(errback):
+                    super()._call_task_errbacks(request, exc, traceback)  # type: ignore[misc]  # left out of the stubs
+        finally:
+            request.errbacks = errbacks
 
     def mark_as_revoked(
         self, task_id: str, reason: str = "", request: Any = None, store_result: bool = True, state: str = "REVOKED"
@@ -737,6 +749,21 @@ def _transition(state: str, error_type: str | None, error_message: str | None) -
     if state == "FAILURE" and error_type == DeadLetterError.__name__:
         return bury
     return by_celery(state)
+
+
+@contextmanager
+def _as_bound(signature: Mapping[str, Any]) -> Iterator[None]:
+    """The context that a signature was bound to; the one that is there if it was not bound."""
+    own = find((signature.get("options") or {}).get("headers"))
+    if own is None:
+        yield
+        return
+    envelope = decode(own)
+    activation = Activation(envelope.tenant, envelope.variables)
+    try:
+        yield
+    finally:
+        activation.undo()
 
 
 def _revoked_by_operator(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from rhesis_tasks.postgres.schema import create_schema
 from rhesis_tasks.processes import python, wait_until
 from rhesis_tasks.settings import database_url, quote_identifier
 from rhesis_tasks.states import State
+from rhesis_tasks.status import Cancellation, cancel_task
 from rhesis_tasks.testing import TenantDatabase, running_worker
 
 if TYPE_CHECKING:
@@ -609,7 +610,84 @@ def test_a_dead_letter_cannot_be_revoked(app: Celery, acme: TenantContext) -> No
         operations.revoke(app, of(acme, states=[DEAD]), operator="olga", dry_run=False)
 
 
+@pytest.mark.parametrize("action", [operations.purge, operations.revoke, operations.terminate])
+def test_what_means_everything_has_to_be_said(app: Celery, action: Callable[..., Operation], queue: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"without a filter .* everything=True"):
+        action(app, MessageFilter(states=[WAITING]), operator="olga", dry_run=False)
+
+    assert action(app, MessageFilter(), operator="olga", everything=True).is_dry_run
+
+
+@pytest.mark.usefixtures("worker")
+def test_of_two_organizations_tasks_with_one_id_only_that_of_the_filter_is_stopped(
+    tasks: Any, app: Celery, acme: TenantContext, globex: TenantContext, queue: str, launch: Callable[..., str]
+) -> None:
+    same = f"report-{queue}"
+    for tenant in (acme, globex):
+        launch(tasks.never_ends, context=tenant, task_id=same)
+        wait_for_state(app, tenant, same, State.STARTED)
+
+    operations.terminate(app, of(acme), operator="olga", dry_run=False)
+    wait_until("acme's message to be gone", lambda: not operations.messages(app, of(acme)), TIMEOUT)
+
+    assert (state(app, acme, same), state(app, globex, same)) == (State.REVOKED, State.STARTED)
+    with tenant_scope(globex):
+        assert cancel_task(app, same, terminate=True) is Cancellation.TERMINATED
+    wait_for_state(app, globex, same, State.REVOKED)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("ended_by", ["an operator", "its expiry"])
+def test_a_task_that_was_stopped_or_has_expired_stops_no_other_organizations_with_its_id(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    globex: TenantContext,
+    queue: str,
+    launch: Callable[..., str],
+    ended_by: str,
+) -> None:
+    same = f"report-{queue}"
+    if ended_by == "an operator":
+        launch(tasks.runs_until_asked, context=acme, task_id=same)
+        wait_for_state(app, acme, same, State.STARTED)
+        operations.revoke(app, of(acme), operator="olga", dry_run=False)
+        wait_for_state(app, acme, same, State.SUCCESS)
+    else:
+        launch(tasks.add, 1, 2, context=acme, task_id=same, headers={"expires": "2020-01-01T00:00:00+00:00"})
+        wait_for_state(app, acme, same, State.EXPIRED)
+
+    launch(tasks.add, 1, 2, context=globex, task_id=same)
+
+    wait_for_state(app, globex, same, State.SUCCESS)
+
+
 # --- offboarding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("organization_id", [None, "", 7])
+def test_offboarding_needs_the_name_of_an_organization(
+    tasks: Any, app: Celery, acme: TenantContext, launch: Callable[..., str], organization_id: Any
+) -> None:
+    launch(tasks.add, 1, 2, context=acme)
+
+    with pytest.raises(ConfigurationError, match="name it by its id"):
+        operations.offboard(app, organization_id, operator="olga", dry_run=False)
+
+    assert operations.count(app, of(acme))[WAITING] == 1
+
+
+def test_offboarding_takes_what_parts_of_a_chord_have_returned_though_the_chord_was_forgotten(
+    app: Celery, acme: TenantContext, database: TenantDatabase
+) -> None:
+    part = "INSERT INTO rhesis_tasks.chord_part (organization_id, group_id, task_id, state, result)"
+    database.execute(f"{part} VALUES ('{acme.organization_id}', 'gone', 'part', 'SUCCESS', 'secret')")
+
+    operations.offboard(app, acme.organization_id, operator="olga", dry_run=False)
+
+    with database.owner.connect() as connection:
+        left = text("SELECT count(*) FROM rhesis_tasks.chord_part WHERE organization_id = :id")
+        assert connection.scalar(left, {"id": acme.organization_id}) == 0
 
 
 @pytest.mark.usefixtures("worker")
@@ -706,7 +784,7 @@ def test_no_function_for_operators_can_be_led_to_run_the_callers_code(database: 
             run(f"SELECT * FROM rhesis_tasks.operation_messages({which}, -1, 10)")
             run(f"SELECT * FROM rhesis_tasks.operation_count({which})")
             run(f"SELECT * FROM rhesis_tasks.operation_summary({which}, 'queue')")
-            run(f"SELECT * FROM rhesis_tasks.operation_abort({which}, 'o', '{{queued}}', 'revoked', 'E', 'm', '{{}}')")
+            run(f"SELECT * FROM rhesis_tasks.operation_stop({which}, 'o', '{{queued}}', 'revoked', 'E', 'm', '{{}}')")
             run(f"SELECT * FROM rhesis_tasks.operation_remove({which}, -1, 10, true)")
             run(f"SELECT rhesis_tasks.operation_end('{{acme}}', '{{one}}', {ended}, {states})")
             run(f"SELECT * FROM rhesis_tasks.operation_replay({which}, -1, 10, 'queued', {states})")

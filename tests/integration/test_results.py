@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,16 @@ from record_statements import noted_statements
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import ProgrammingError
 
-from rhesis_tasks import BaseTask, TenantContext, launch_with_context, tenant_scope
+from rhesis_tasks import (
+    BaseTask,
+    TenantContext,
+    current_tenant,
+    launch_with_context,
+    register_context_var,
+    tenant_scope,
+)
 from rhesis_tasks.errors import DatabaseUnavailableError, MissingTenantError
-from rhesis_tasks.headers import HEADER, Envelope, encode
+from rhesis_tasks.headers import HEADER, Envelope, capture, encode
 from rhesis_tasks.postgres.engines import run, shared_engine
 from rhesis_tasks.postgres.results import PostgresBackend, TaskRecord
 from rhesis_tasks.postgres.schema import RECORDS_SETTING, create_schema
@@ -33,6 +41,7 @@ from rhesis_tasks.processes import free_port
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.states import UNFINISHED, State, to_celery
 from rhesis_tasks.testing import TenantDatabase
+from rhesis_tasks.variables import unregister_context_var
 
 if TYPE_CHECKING:
     from conftest import MakeApp
@@ -101,6 +110,47 @@ def rows(database: TenantDatabase, query: str = "SELECT organization_id, task_id
     """What is really in the tables: their owner sees the rows of all."""
     with database.owner.connect() as connection:
         return sorted(tuple(row) for row in connection.execute(text(query)))
+
+
+# --- error callbacks -----------------------------------------------------------------------------------------------
+
+
+def test_an_error_callback_is_called_for_whom_it_was_bound_to(app: Celery, backend: PostgresBackend) -> None:
+    called: list[tuple[str | None, str | None]] = []
+    trace = ContextVar[str | None]("trace", default=None)
+    register_context_var(trace)
+
+    @app.task(base=BaseTask, shared=False)
+    def on_error(request: Any, exception: Any, traceback: Any) -> None:
+        tenant = current_tenant()
+        called.append((tenant and tenant.organization_id, trace.get()))
+
+    try:
+        with tenant_scope(GLOBEX):
+            own = trace.set("globex's")
+            bound = on_error.s().set(headers={HEADER: encode(capture())})
+            trace.reset(own)
+        backend.mark_as_failure(
+            "failed", ValueError("broken"), request=message(ACME, "failed", errbacks=[on_error.s(), bound])
+        )
+    finally:
+        unregister_context_var(trace)
+
+    assert called == [("acme", None), ("globex", "globex's")]
+    assert current_tenant() is None
+
+
+def test_what_parts_have_returned_is_forgotten_with_their_group(
+    backend: PostgresBackend, tenant_database: TenantDatabase
+) -> None:
+    tenant_database.execute("SELECT rhesis_tasks.chord_size('acme', 'group', 2, 0)")
+    tenant_database.execute("SELECT rhesis_tasks.chord_part_ended('acme', 'group', 'part', 0, 'SUCCESS', 'secret')")
+    assert rows(tenant_database, "SELECT task_id FROM rhesis_tasks.chord_part") == [("part",)]
+
+    with tenant_scope(ACME):
+        backend.delete_group("group")
+
+    assert rows(tenant_database, "SELECT task_id FROM rhesis_tasks.chord_part") == []
 
 
 # --- launching ---------------------------------------------------------------------------------------------------

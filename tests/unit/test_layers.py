@@ -32,6 +32,7 @@ LAYERS = [
         "health",
         "metrics",
         "stopping",
+        "control",
     },
     {"cli", "display", "fastapi", "streaming", "testing", "demo", "embedded", "processes", "migrations", "flower"},
 ]

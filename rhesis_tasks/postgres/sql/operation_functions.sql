@@ -232,9 +232,10 @@ $$;
 
 -- Ask tasks whose messages are claimed to stop early; those that have not begun are in the end state that is given, and
 -- whoever has the message drops it.  Returns all of them.
-CREATE OR REPLACE FUNCTION @schema@.operation_abort(
+DROP FUNCTION IF EXISTS @schema@.operation_abort(jsonb, text, text[], text, text, text, text[]);
+CREATE OR REPLACE FUNCTION @schema@.operation_stop(
     which jsonb, by_whom text, unfinished text[], end_state text, error_type_ text, error_message_ text, sources text[]
-) RETURNS TABLE (id bigint, task_id text, is_ended boolean, is_asked boolean)
+) RETURNS TABLE (id bigint, organization_id text, task_id text, is_ended boolean, is_asked boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
     RETURN QUERY
@@ -256,7 +257,7 @@ BEGIN
         RETURNING r.organization_id, r.task_id, r.state = end_state AS is_ended,
             CASE WHEN r.state = end_state AND r.wanted_until > clock_timestamp()
                  THEN pg_notify(@schema@.result_channel(), @schema@.result_key(r.organization_id, r.task_id)) END)
-    SELECT h.id, h.task_id, coalesce(a.is_ended, false), a.task_id IS NOT NULL AND NOT a.is_ended
+    SELECT h.id, h.organization_id, h.task_id, coalesce(a.is_ended, false), a.task_id IS NOT NULL AND NOT a.is_ended
     FROM held h LEFT JOIN asked a ON a.organization_id = coalesce(h.organization_id, '') AND a.task_id = h.task_id;
 END
 $$;
@@ -294,8 +295,7 @@ BEGIN
             SELECT t.group_id FROM @schema@.group_record t WHERE t.organization_id = its_organization LIMIT up_to)
         RETURNING g.group_id),
     parts AS (
-        DELETE FROM @schema@.chord_part p USING gone
-        WHERE p.organization_id = its_organization AND p.group_id = gone.group_id)
+        DELETE FROM @schema@.chord_part p WHERE p.organization_id = its_organization)
     SELECT count(*) INTO groups FROM gone;
     PERFORM @schema@.schedule_forget(its_organization);
     RETURN NEXT;

@@ -285,12 +285,12 @@ BEGIN
 END
 $$;
 
+-- As the owner, since what the parts of a chord have returned goes with it.
 CREATE OR REPLACE FUNCTION @schema@.group_forget(its_organization text, its_id text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    tenant text := set_config('@setting@', its_organization, true);
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     DELETE FROM @schema@.group_record WHERE organization_id = its_organization AND group_id = its_id;
+    DELETE FROM @schema@.chord_part WHERE organization_id = its_organization AND group_id = its_id;
 END
 $$;
 

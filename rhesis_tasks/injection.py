@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
+import typing
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, Unpack, cast, overload
 
 from celery.local import Proxy
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from .binding import Transaction
 from .errors import TaskDefinitionError, TenantSessionError
@@ -31,6 +35,15 @@ __all__ = ["TenantSessionBlock", "tenant_session"]
 P = ParamSpec("P")
 R = TypeVar("R")
 TaskT = TypeVar("TaskT", bound="Task[Any, Any]")
+
+_CLASSES: Final = (
+    (Session, (Session, scoped_session)),
+    (AsyncSession, (AsyncSession, async_scoped_session)),
+)
+_NAMES: Final[dict[str, type]] = {
+    **dict.fromkeys(("Session", "TenantSession", "scoped_session"), Session),
+    **dict.fromkeys(("AsyncSession", "AsyncTenantSession", "async_scoped_session"), AsyncSession),
+}
 
 
 @overload
@@ -86,7 +99,7 @@ def tenant_session(
 
     Raises:
         TaskDefinitionError: when it is applied, if the function has no such parameter, is a generator, or a
-            task already.
+            task already; or the parameter's annotation names the other kind of session than the function gets.
         ConfigurationError: there is no such isolation level, or a time-out is not positive.
         MissingTenantError: when it is called or entered, if no tenant is active.
     """
@@ -147,6 +160,7 @@ class TenantSessionBlock:
     def __call__(self, function: Callable[..., R], /) -> Callable[..., R]:
         """The function without the parameter."""
         position, signature = _without(function, self._param)
+        _refuse_other_kind(function, self._param)
         name = getattr(function, "__name__", repr(function))
 
         def arguments(session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -216,3 +230,53 @@ def _without(function: Any, param: str) -> tuple[int | None, inspect.Signature]:
     remaining = [parameter for parameter in signature.parameters.values() if parameter is not found]
     position = None if found.kind is found.KEYWORD_ONLY else list(signature.parameters).index(param)
     return position, signature.replace(parameters=remaining)
+
+
+def _refuse_other_kind(function: Any, param: str) -> None:
+    """Raise TaskDefinitionError where the parameter is annotated with a session that the function does not get.
+
+    An ``async def`` function that takes its session for a synchronous one awaits nothing: it would succeed, and have
+    written nothing.
+    """
+    innermost = inspect.unwrap(function)
+    is_async = inspect.iscoroutinefunction(function)
+    if is_async is not inspect.iscoroutinefunction(innermost):
+        return  # what is in between may make the one of the other
+    annotation = inspect.signature(function).parameters[param].annotation
+    named = _session_named(annotation, getattr(innermost, "__globals__", {}))
+    if named is not (Session if is_async else AsyncSession):
+        return
+    name = getattr(function, "__qualname__", repr(function))
+    shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if is_async:
+        raise TaskDefinitionError(
+            f"{name} is async def, so that @tenant_session gives it an AsyncSession, and its {param!r} is annotated "
+            f"{shown}.  Annotate AsyncSession and await its methods, or make it a plain def"
+        )
+    raise TaskDefinitionError(
+        f"{name} is a plain def, so that @tenant_session gives it a Session, and its {param!r} is annotated {shown}.  "
+        "Annotate Session, or make it async def and await the session's methods"
+    )
+
+
+def _session_named(annotation: Any, names: dict[str, Any]) -> type | None:
+    """Session or AsyncSession, whichever an annotation says; None if it says neither, or both."""
+    alone = types.SimpleNamespace(__annotations__={"session": annotation})  # others may not be resolvable
+    try:
+        resolved = typing.get_type_hints(alone, names)["session"]
+    except Exception:  # imported under TYPE_CHECKING, say
+        parts = (part.partition("[")[0].strip(" '\"").rpartition(".")[2] for part in str(annotation).split("|"))
+        found = {_NAMES.get(part) for part in parts if part != "None"}
+    else:
+        is_union = typing.get_origin(resolved) in (typing.Union, types.UnionType)
+        classes = typing.get_args(resolved) if is_union else (resolved,)
+        found = {_session_class(each) for each in classes if each is not type(None)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _session_class(annotated: Any) -> type | None:
+    annotated = typing.get_origin(annotated) or annotated  # of scoped_session[Session]
+    for session_class, classes in _CLASSES:
+        if inspect.isclass(annotated) and issubclass(annotated, classes):
+            return session_class
+    return None

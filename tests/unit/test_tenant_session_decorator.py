@@ -10,13 +10,13 @@ import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import pytest
 from celery import Celery
 from sqlalchemy import create_engine
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, create_async_engine
+from sqlalchemy.orm import Session, scoped_session
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, tenant_session
 from rhesis_tasks.binding import SettingNames
@@ -29,6 +29,10 @@ from rhesis_tasks.errors import (
     TaskDefinitionError,
 )
 from rhesis_tasks.launch import launch_with_context
+from rhesis_tasks.sessions import AsyncTenantSession, TenantSession
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Query as Unimported
 
 ACME = TenantContext("acme", "alice")
 
@@ -120,6 +124,100 @@ def test_it_is_refused_above_a_task_that_was_made_already(app: Celery) -> None:
 
     with pytest.raises(TaskDefinitionError, match="goes below @app"):
         tenant_session(app.tasks[made.name])
+
+
+SYNCHRONOUS = [
+    Session,
+    "Session",
+    "'Session'",
+    TenantSession,
+    scoped_session,
+    scoped_session[Session],
+    Session | None,
+    Optional[Session],  # noqa: UP045
+    Annotated[Session, "of the shop"],
+    type("OwnSession", (Session,), {}),
+    "unimported.Session",  # known to type checkers only
+    "unimported.Session | None",
+    "unimported.scoped_session[Session]",
+]
+ASYNCHRONOUS = [
+    AsyncSession,
+    "AsyncSession",
+    AsyncTenantSession,
+    async_scoped_session[AsyncSession],
+    AsyncSession | None,
+    type("OwnAsyncSession", (AsyncSession,), {}),
+    "unimported.AsyncSession",
+]
+UNCLEAR = [Any, object, inspect.Parameter.empty, Session | AsyncSession, Session | Any, "Unimported", "1 +", None, 5]
+
+
+def functions_with(annotation: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A plain function and a coroutine function whose ``db`` is annotated so."""
+
+    def plain(db: Any, other: Unimported) -> None: ...
+
+    async def coroutine(db: Any, other: Unimported) -> None: ...
+
+    for function in (plain, coroutine):
+        function.__annotations__["db"] = annotation
+        if annotation is inspect.Parameter.empty:
+            del function.__annotations__["db"]
+    return plain, coroutine
+
+
+@pytest.mark.parametrize("annotation", SYNCHRONOUS, ids=str)
+def test_a_coroutine_function_that_expects_a_synchronous_session_is_refused(annotation: Any) -> None:
+    plain, coroutine = functions_with(annotation)
+
+    tenant_session(plain)
+    with pytest.raises(
+        TaskDefinitionError,
+        match=r"coroutine is async def.* gives it an AsyncSession, and its 'db' is annotated .*[sS]ession.*"
+        r"Annotate AsyncSession and await its methods, or make it a plain def",
+    ):
+        tenant_session(coroutine)
+
+
+@pytest.mark.parametrize("annotation", ASYNCHRONOUS, ids=str)
+def test_a_plain_function_that_expects_an_asynchronous_session_is_refused(annotation: Any) -> None:
+    plain, coroutine = functions_with(annotation)
+
+    tenant_session(coroutine)
+    with pytest.raises(
+        TaskDefinitionError,
+        match=r"plain is a plain def.* gives it a Session, and its 'db' is annotated .*Session.*"
+        r"Annotate Session, or make it async def",
+    ):
+        tenant_session(plain)
+
+
+@pytest.mark.parametrize("annotation", UNCLEAR, ids=str)
+def test_an_annotation_that_does_not_clearly_say_which_session_is_left_alone(annotation: Any) -> None:
+    for function in functions_with(annotation):
+        assert tenant_session(function).__name__ == function.__name__
+
+
+def test_the_kind_of_session_is_checked_for_a_parameter_of_another_name() -> None:
+    async def rename(db: AsyncSession, session: Session) -> None: ...
+
+    tenant_session(rename)
+    with pytest.raises(TaskDefinitionError, match="its 'session' is annotated Session"):
+        tenant_session(param="session")(rename)
+
+
+def test_a_decorator_in_between_may_make_one_kind_of_session_from_the_other() -> None:
+    def synchronously(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        async def call(db: AsyncSession, *args: Any) -> Any:
+            return await db.run_sync(function, *args)
+
+        return call
+
+    def rename(db: Session, name: str) -> None: ...
+
+    assert inspect.iscoroutinefunction(tenant_session(synchronously(rename)))
 
 
 # --- the signature that others see -----------------------------------------------------------------------------

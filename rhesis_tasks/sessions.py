@@ -239,6 +239,17 @@ class AsyncTenantSession(AsyncSession):
         """The tenant, the same for the session's whole life."""
         return self.sync_session.tenant  # type: ignore[attr-defined,no-any-return]
 
+    if not TYPE_CHECKING:  # type checkers refuse it by themselves, as long as there is no such method
+
+        def __enter__(self):
+            raise TenantSessionError(
+                "this session is asynchronous, and `with` cannot open it.  In an async def task write "
+                "`async with self.get_async_db_session() as db:`, elsewhere `async with`, and await its methods"
+            )
+
+        def __exit__(self, *_):
+            """Python asks for it before it calls the other one."""
+
 
 # --- of nobody ---------------------------------------------------------------------------------------------------
 

@@ -131,6 +131,14 @@ def named(name: str, session: Session) -> bytes:
 assert_type(named("x"), bytes)
 
 
+async def asynchronous() -> None:
+    """They are opened by ``async with`` only."""
+    async with sessions.async_session() as db:
+        assert_type(db.tenant, TenantContext)
+    with sessions.async_session():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+
+
 # --- tasks -----------------------------------------------------------------------------------------------------
 
 

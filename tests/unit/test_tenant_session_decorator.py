@@ -27,8 +27,10 @@ from rhesis_tasks.errors import (
     PolicyViolationError,
     TaskArgumentsError,
     TaskDefinitionError,
+    TenantSessionError,
 )
 from rhesis_tasks.launch import launch_with_context
+from rhesis_tasks.loops import close_loops
 from rhesis_tasks.sessions import AsyncTenantSession, TenantSession
 
 if TYPE_CHECKING:
@@ -58,6 +60,13 @@ class RecordedSessions(TenantSessions):
 @pytest.fixture
 def sessions() -> RecordedSessions:
     return RecordedSessions()
+
+
+@pytest.fixture
+def closed_loops() -> Iterator[None]:
+    """For tests that run ``async def`` tasks."""
+    yield
+    close_loops()
 
 
 @pytest.fixture(autouse=True)
@@ -550,6 +559,20 @@ def test_a_decorated_function_works_in_a_thread_of_an_event_loop(sessions: Recor
         return await asyncio.to_thread(owner)
 
     assert asyncio.run(main()) == "acme"
+
+
+def test_an_asynchronous_session_in_a_plain_with_names_the_remedy(
+    app_with_sessions: Callable[[str], Celery], closed_loops: None
+) -> None:
+    app = app_with_sessions("shop")
+
+    @app.task(base=BaseTask, bind=True)
+    async def rename(self: BaseTask) -> None:
+        with self.get_db_session():
+            raise AssertionError("it was opened")
+
+    with pytest.raises(TenantSessionError, match=r"`async with self\.get_async_db_session\(\) as db:`"):
+        rename.apply(throw=True)
 
 
 def test_settings_that_the_database_takes_for_one_are_refused() -> None:

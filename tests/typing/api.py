@@ -131,6 +131,21 @@ def named(name: str, session: Session) -> bytes:
 assert_type(named("x"), bytes)
 
 
+@tenant_session  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+def late(self: BaseTask, name: str, db: Session) -> str:
+    """Anywhere else it needs the parentheses."""
+    return name
+
+
+@tenant_session()
+def late_in_parentheses(self: BaseTask, name: str, db: Session) -> str:
+    """With them it may be anywhere, and no arguments are checked."""
+    return name
+
+
+late_in_parentheses(1, 2, 3)
+
+
 async def asynchronous() -> None:
     """They are opened by ``async with`` only."""
     async with sessions.async_session() as db:

@@ -20,6 +20,7 @@ from celery._state import (  # type: ignore[attr-defined]  # left out of the stu
     _task_stack,
     connect_on_app_finalize,
 )
+from celery.app.base import pydantic_wrapper  # type: ignore[attr-defined]  # left out of the stubs
 from celery.exceptions import Ignore, Reject, Retry
 from typing_extensions import override
 
@@ -181,7 +182,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             raise TaskDefinitionError(f"the body of task {cls.name} is an asynchronous generator; let it return a list")
         cls.is_async = inspect.iscoroutinefunction(body)
         if cls.is_async and not hasattr(cls.run, "awaits"):
-            cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"))  # type: ignore[method-assign]
+            cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"), app, cls.name)  # type: ignore[method-assign]
 
     @override
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
@@ -253,12 +254,12 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         )
 
 
-def _run_if_awaited(run: Any) -> Any:
+def _run_if_awaited(run: Any, app: Celery, name: str) -> Any:
     """A body that is ``async def`` as Celery calls it: what it returns is run if a task is to run, and not a function.
 
     In place of the body, so that what Celery wraps around it (``autoretry_for``) sees how it ends.
     """
-    function: Callable[..., Any] = run.__func__ if isinstance(run, staticmethod) else run
+    function = _dump_if_awaited(run.__func__ if isinstance(run, staticmethod) else run, app, name)
 
     @functools.wraps(function)
     def run_or_return(*args: Any, **kwargs: Any) -> Any:
@@ -272,6 +273,38 @@ def _run_if_awaited(run: Any) -> Any:
 
     run_or_return.awaits = True  # type: ignore[attr-defined]
     return staticmethod(run_or_return) if isinstance(run, staticmethod) else run_or_return
+
+
+def _dump_if_awaited(function: Callable[..., Any], app: Celery, name: str) -> Callable[..., Any]:
+    """With ``pydantic=True``, the function whose result is dumped once it is there; else the function as it is.
+
+    Celery's wrapper makes models of the arguments, but of the result it sees the coroutine only.  What that returns
+    goes through a second wrapper of Celery's, around a function that returns what it is given.
+    """
+    if getattr(function, "__code__", function) not in pydantic_wrapper.__code__.co_consts:
+        return function
+
+    def result(value: Any) -> Any:
+        return value
+
+    within = inspect.getclosurevars(function).nonlocals  # Celery keeps body and options nowhere else
+    body = within["task_fun"]
+    returns = inspect.signature(body).return_annotation
+    value = inspect.Parameter("value", inspect.Parameter.POSITIONAL_ONLY)
+    result.__signature__ = inspect.Signature([value], return_annotation=returns)  # type: ignore[attr-defined]
+    result.__annotations__ = {"return": returns}
+    result.__wrapped__ = body  # type: ignore[attr-defined]  # where the annotation's names are looked up
+    dumped = pydantic_wrapper(app, result, name, dump_kwargs=within["dump_kwargs"])
+
+    async def dump(returned: Awaitable[Any]) -> Any:
+        return dumped(await returned)
+
+    @functools.wraps(function)
+    def call_and_dump(*args: Any, **kwargs: Any) -> Any:
+        returned = function(*args, **kwargs)
+        return dump(returned) if inspect.isawaitable(returned) else returned
+
+    return call_and_dump
 
 
 class _DirectRequest:

@@ -118,12 +118,26 @@ def _give_up(parent: Any, message: Message, reason: str) -> None:
                 parent.app.backend.mark_as_failure(headers["id"], error, request=unknown)
         return
     request = symbol_by_name(task.Request)(
-        message, app=parent.app, hostname=parent.hostname, eventer=parent.event_dispatcher, task=task
+        message,
+        app=parent.app,
+        hostname=parent.hostname,
+        eventer=parent.event_dispatcher,
+        task=task,
+        **({} if _can_be_read(message) else {"body": ((), {}, {}), "decoded": True}),
     )
     if isinstance(request, ContextRequest):
         request.give_up(error)
     else:
         task.backend.mark_as_failure(request.id, error, request=request._context, store_result=request.store_errors)
+
+
+def _can_be_read(message: Message) -> bool:
+    """Whether its body can; if not, its headers still say whose task has failed, but not what was to follow it."""
+    try:
+        message.decode()
+    except Exception:  # whatever a serializer raises
+        return False
+    return not message.errors
 
 
 def _hasten_what_is_revoked() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from amqp.protocol import queue_declare_ok_t
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import ChannelError, ContentDisallowed, DecodeError, OperationalError
 from kombu.log import get_logger
 from kombu.transport import virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
@@ -40,19 +40,27 @@ _EVENT_HEADERS: Final = frozenset({"hostname"})  # what Celery's events have, an
 
 
 class Message(virtual.Message):
-    """A message that is buried, not acknowledged, if its body cannot be read."""
+    """A message that is given up, not acknowledged, if its body cannot be read."""
 
     def __init__(self, payload: dict[str, Any], channel: Channel, claimed: Claimed) -> None:
         super().__init__(payload, channel=channel)
         self.claimed = claimed
-        self.is_unreadable = bool(self.errors)  # it could not be decompressed
+        #: why it could not be read
+        self.unreadable = f"{UNREADABLE}: it cannot be decompressed" if self.errors else None
 
     def _decode(self) -> Any:
         try:
             return super()._decode()
-        except Exception:
-            self.is_unreadable = True
+        except Exception as error:
+            self.unreadable = self._why(error)
             raise
+
+    def _why(self, error: BaseException) -> str:
+        """For operators and the task's record: not the error's text, which may quote what the message says."""
+        if isinstance(error, ContentDisallowed):
+            return f"{UNREADABLE}: its content type {self.content_type!r:.100} is not accepted"
+        cause = error.__context__ if isinstance(error, DecodeError) else None  # kombu wraps what serializers raise
+        return f"{UNREADABLE}: {type(cause or error).__name__}"
 
 
 class QoS(virtual.QoS):
@@ -98,8 +106,9 @@ class QoS(virtual.QoS):
 
     def _done(self, message: Message) -> None:
         consumer = self.channel.transport.consumer
-        if message.is_unreadable:
-            consumer.bury(message.claimed, UNREADABLE)
+        if message.unreadable is not None:
+            subscription = Subscription("", message.claimed.queue, self.channel, no_ack=False)
+            consumer.give_up(Delivery(subscription, message.claimed), message.unreadable)
         else:
             consumer.ack(message.claimed)
 

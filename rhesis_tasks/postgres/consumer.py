@@ -224,7 +224,7 @@ class Consumer:
                 if self._buffer and not self._in_doubt:
                     delivery = self._buffer.popleft()
                     if self._is_dead(delivery.message):
-                        self._give_up(delivery)
+                        self._give_up_in_vain(delivery)
                         continue
                     return self._hand_out(delivery)
                 self._call.clear()
@@ -264,20 +264,26 @@ class Consumer:
             delivery = Delivery(subscription, messages[0])
             if not self._is_dead(delivery.message):
                 return self._hand_out(delivery)
-            self._give_up(delivery)
+            self._give_up_in_vain(delivery)
 
     def _is_dead(self, message: Claimed) -> bool:
         return (
             message.token is not None and self._max_deliveries is not None and message.deliveries > self._max_deliveries
         )
 
-    def _give_up(self, delivery: Delivery) -> None:
-        """Bury a message that was delivered too often, after those who want to know were told."""
+    def _give_up_in_vain(self, delivery: Delivery) -> None:
+        """Give up a message that was delivered too often."""
         message = delivery.message
         times = message.deliveries - 1
         reason = f"it was delivered {times} {'time' if times == 1 else 'times'} in vain"
         if message.last_reason:
             reason = f"{reason}; last, {message.last_reason}"
+        self.give_up(delivery, reason)
+        self.look_now()
+
+    def give_up(self, delivery: Delivery, reason: str) -> None:
+        """Bury a message, after those who want to know were told."""
+        message = delivery.message
         try:
             self._on_dead(delivery, reason)
         except Exception:
@@ -285,7 +291,6 @@ class Consumer:
                 "message %d of queue %r is given up, but not everybody could be told", message.id, message.queue
             )
         self.bury(message, reason)
-        self.look_now()
 
     def _hand_out(self, delivery: Delivery) -> Delivery:
         message = delivery.message
@@ -324,7 +329,7 @@ class Consumer:
                 self._queue.release(claims, uncounted=uncounted, reason=reason)
 
     def bury(self, message: Claimed, reason: str) -> None:
-        """Give a message up: it becomes a dead letter, for an operator to look at."""
+        """Make a message a dead letter, for an operator to look at."""
         if message.token is not None:
             token = self._let_go(message, message.token)
             _log.error("message %d of queue %r is a dead letter now: %s", message.id, message.queue, reason)

@@ -11,7 +11,7 @@ from rhesis_tasks import BaseTask, configure, require_tenant
 from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure
 
 app = Celery("dead_letter_tasks")
-configure(app)
+configure(app, signing_keys=list(filter(None, [os.environ.get("SIGNING_KEY")])) or ())
 
 
 def _tell(*words: object) -> None:

@@ -13,7 +13,7 @@ from celery import Celery, chain, chord
 from rhesis_tasks import TenantContext, tenant_scope
 from rhesis_tasks.errors import DeadLetterError
 from rhesis_tasks.postgres.records import TaskRecord
-from rhesis_tasks.processes import wait_until
+from rhesis_tasks.processes import child, python, wait_until
 from rhesis_tasks.status import get_task
 from rhesis_tasks.testing import TenantDatabase, running_worker
 
@@ -42,22 +42,28 @@ class Rig:
             "UPDATE rhesis_tasks.message SET deliveries = 5, last_reason = 'its worker host:1 was lost' "
             f"WHERE task_id IN ({', '.join(repr(each) for each in dies)})"
         )
+        self.work_until_buried(dies)
+        for each in dies:
+            assert self.reason(each) == REASON
+        return result
+
+    def work_until_buried(self, dies: Sequence[str], **env: str) -> None:
+        """Run a worker until it has given up the messages of these tasks, and has done all others."""
         with running_worker(
             "dead_letter_tasks",
             cwd=HERE,
             pool=self.pool,
-            env={"DATABASE_URL": self.database.url, "TOLD": str(self._path)},
+            env={"DATABASE_URL": self.database.url, "TOLD": str(self._path), **env},
         ):
             for each in dies:
-                wait_until(f"{each} to be buried", lambda each=each: self.is_buried(each), TIMEOUT)
+                wait_until(f"{each} to be buried", lambda each=each: self.reason(each) is not None, TIMEOUT)
             wait_until(
                 "all that follows", lambda: self.owned("SELECT count(*) FROM rhesis_tasks.message") == 0, TIMEOUT
             )
-        return result
 
-    def is_buried(self, task_id: str) -> bool:
-        query = f"SELECT reason FROM rhesis_tasks.dead_letter WHERE task_id = {task_id!r}"
-        return bool(self.owned(query) == REASON)
+    def reason(self, task_id: str) -> Any:
+        """Why a task's message is a dead letter; None if it is none."""
+        return self.owned(f"SELECT reason FROM rhesis_tasks.dead_letter WHERE task_id = {task_id!r}")
 
     def owned(self, query: str) -> Any:
         with self.database.owner.connect() as connection:
@@ -129,3 +135,91 @@ def test_a_dead_task_that_no_worker_knows_has_failed_in_its_tenants_record(rig: 
 
     record = rig.record(task_id)
     assert (record.state, record.error_type) == ("dead", "DeadLetterError")
+
+
+# --- messages that cannot be read --------------------------------------------------------------------------------
+
+PICKLED = "it could not be read: its content type 'application/x-python-serialize' is not accepted"
+KEY = "a key of at least 16 bytes"
+SPOILED = "UPDATE rhesis_tasks.message SET body = '{broken' WHERE task_id = "
+
+
+def test_a_task_whose_message_is_not_accepted_is_dead_and_its_waiters_and_hooks_are_told(rig: Rig) -> None:
+    task_id = f"pickled-{rig.pool}"
+    with tenant_scope(ACME):
+        result = rig.tasks.work.apply_async(["pickle"], task_id=task_id, serializer="pickle")
+
+    rig.work_until_buried([task_id])
+
+    assert rig.reason(task_id) == PICKLED
+    assert rig.lines() == [f"acme hook {task_id} DeadLetterError"]
+    record = rig.record(task_id)
+    assert (record.state, record.error_type) == ("dead", "DeadLetterError")
+    assert record.error_message == f"its message was given up: {PICKLED}"
+    with tenant_scope(ACME), pytest.raises(DeadLetterError, match="could not be read"):
+        result.get(timeout=TIMEOUT)
+
+
+def test_a_task_whose_message_is_broken_is_dead_and_the_error_quotes_nothing_of_it(rig: Rig) -> None:
+    task_id = f"broken-{rig.pool}"
+    with tenant_scope(ACME):
+        rig.tasks.work.apply_async([1], task_id=task_id)
+    rig.database.execute(f"{SPOILED}{task_id!r}")
+
+    rig.work_until_buried([task_id])
+
+    assert rig.reason(task_id) == "it could not be read: JSONDecodeError"
+    assert rig.record(task_id).state == "dead"
+
+
+def test_a_task_that_no_worker_knows_is_dead_if_its_message_cannot_be_decompressed(rig: Rig) -> None:
+    task_id = f"unknown-broken-{rig.pool}"
+    with tenant_scope(ACME):
+        rig.app.send_task("nobody.knows", task_id=task_id, compression="zlib")
+    rig.database.execute(f"{SPOILED}{task_id!r}")
+
+    rig.work_until_buried([task_id])
+
+    record = rig.record(task_id)
+    assert record.state == "dead"
+    assert record.error_message == "its message was given up: it could not be read: it cannot be decompressed"
+
+
+def test_what_nobody_has_signed_and_nobody_can_read_changes_no_record(rig: Rig) -> None:
+    forged = [
+        (f"forged-{number}-{rig.pool}", name, compression)
+        for number, (name, compression) in enumerate(
+            [("dead_letter_tasks.work", None), ("dead_letter_tasks.work", "zlib"), ("nobody.knows", "zlib")]
+        )
+    ]
+    for task_id, name, compression in forged:
+        with tenant_scope(ACME):
+            rig.app.send_task(name, task_id=task_id, compression=compression)
+        rig.database.execute(f"{SPOILED}{task_id!r}")
+
+    rig.work_until_buried([task_id for task_id, *_ in forged], SIGNING_KEY=KEY)
+
+    assert [rig.record(task_id).state for task_id, *_ in forged] == ["queued"] * 3
+    assert rig.lines() == []
+
+
+SEND_PICKLED = """
+import sys
+from dead_letter_tasks import work
+from rhesis_tasks import TenantContext, tenant_scope
+
+with tenant_scope(TenantContext("acme", "alice")):
+    work.apply_async([1], task_id=sys.argv[1], serializer="pickle")
+"""
+
+
+def test_a_task_whose_signed_message_cannot_be_read_is_dead(rig: Rig) -> None:
+    task_id = f"signed-{rig.pool}"
+    signed = {"DATABASE_URL": rig.database.url, "TOLD": "", "SIGNING_KEY": KEY}
+    with child("publisher", python("-c", SEND_PICKLED, task_id), env=signed, cwd=HERE) as publisher:
+        assert publisher.process.wait(TIMEOUT) == 0, publisher.finished_output()
+
+    rig.work_until_buried([task_id], SIGNING_KEY=KEY)
+
+    assert rig.record(task_id).state == "dead"
+    assert rig.lines() == [f"acme hook {task_id} DeadLetterError"]

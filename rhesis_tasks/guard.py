@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from celery import Task, bootsteps
 from celery.utils.imports import symbol_by_name
 from celery.utils.objects import Bunch
+from kombu.serialization import prepare_accept_content
 from kombu.utils.functional import maybe_list
 from typing_extensions import override
 
@@ -108,6 +109,7 @@ def _give_up(parent: Any, message: Message, reason: str) -> None:
     if not isinstance(headers, dict) or not isinstance(name, str) or not name:
         return  # no task's
     error = DeadLetterError(f"its message was given up: {reason}")
+    message.accept = prepare_accept_content(parent.app.conf.accept_content)  # as if it had been delivered
     task = parent.app.tasks.get(name)
     if task is None:
         signer = signer_of(parent.app)

@@ -11,7 +11,11 @@ from rhesis_tasks import BaseTask, configure, require_tenant
 from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure
 
 app = Celery("dead_letter_tasks")
-configure(app, signing_keys=list(filter(None, [os.environ.get("SIGNING_KEY")])) or ())
+configure(
+    app,
+    signing_keys=list(filter(None, [os.environ.get("SIGNING_KEY")])) or (),
+    accept_content=os.environ.get("ACCEPT_CONTENT", "json").split(),
+)
 
 
 def _tell(*words: object) -> None:

@@ -34,7 +34,7 @@ class Rig:
         self._path = path
         path.touch()
 
-    def give_up(self, launch: Any, dies: Sequence[str]) -> Any:
+    def give_up(self, launch: Any, dies: Sequence[str], **env: str) -> Any:
         """Launch something while no worker is there, whose tasks of these ids were delivered too often already."""
         with tenant_scope(ACME):
             result = launch()
@@ -42,7 +42,7 @@ class Rig:
             "UPDATE rhesis_tasks.message SET deliveries = 5, last_reason = 'its worker host:1 was lost' "
             f"WHERE task_id IN ({', '.join(repr(each) for each in dies)})"
         )
-        self.work_until_buried(dies)
+        self.work_until_buried(dies, **env)
         for each in dies:
             assert self.reason(each) == REASON
         return result
@@ -135,6 +135,15 @@ def test_a_dead_task_that_no_worker_knows_has_failed_in_its_tenants_record(rig: 
 
     record = rig.record(task_id)
     assert (record.state, record.error_type) == ("dead", "DeadLetterError")
+
+
+def test_the_callbacks_of_a_dead_task_are_told_whichever_content_the_worker_accepts(rig: Rig) -> None:
+    task_id = f"accepted-{rig.pool}"
+    launch = rig.tasks.work.s(1).set(task_id=task_id, link_error=rig.tasks.failed.s(), serializer="pickle")
+
+    rig.give_up(launch.apply_async, [task_id], ACCEPT_CONTENT="json pickle", C_FORCE_ROOT="1")
+
+    assert rig.lines() == [f"acme callback {task_id}", f"acme hook {task_id} DeadLetterError"]
 
 
 # --- messages that cannot be read --------------------------------------------------------------------------------

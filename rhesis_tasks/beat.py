@@ -131,8 +131,8 @@ def each_tenant(
         task=_checked_task(task),
         schedule=_checked_schedule(schedule, app),
         tenants=_checked_tenants(tenants),
-        args=tuple(args),
-        kwargs=dict(kwargs or {}),
+        args=_checked_args(args),
+        kwargs=_checked_kwargs(kwargs),
         options=_checked_options(options or {}, spread),
         spread=_seconds("spread", spread, 0.0),
         lost_after=_seconds("lost_after", lost_after, 1.0),
@@ -187,11 +187,23 @@ def _checked_schedule(given: BaseSchedule | timedelta | float, app: Celery) -> B
 
 
 def _checked_tenants(tenants: Tenants) -> Tenants:
-    if inspect.iscoroutinefunction(tenants):
+    if inspect.iscoroutinefunction(tenants) or inspect.isasyncgenfunction(tenants):
         raise ConfigurationError("tenants= is a plain function, not async def: nothing awaits it")
     if not isinstance(tenants, str | Executable) and not callable(tenants):
         raise ConfigurationError(f"tenants= is a SELECT or a function, not {type(tenants).__name__}")
     return tenants
+
+
+def _checked_args(args: Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(args, str | bytes) or not isinstance(args, Iterable):
+        raise ConfigurationError(f"args= is a list or tuple of arguments, not {type(args).__name__}: args=({args!r},)")
+    return tuple(args)
+
+
+def _checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigurationError(f"kwargs= is a mapping of arguments by their names, not {type(kwargs).__name__}")
+    return dict(kwargs or {})
 
 
 def _checked_options(options: Mapping[str, Any], spread: float) -> dict[str, Any]:
@@ -292,7 +304,15 @@ def _launch_for_each(self: BaseTask, schedule_name: str, due_at: str | None = No
             f"this worker knows no schedule {schedule_name!r}.  Call each_tenant(...) in a module that workers import"
         )
     due = tick_to_run(found.schedule, None if due_at is None else datetime.fromisoformat(due_at), datetime.now(UTC))
-    return _Fanout(self.app, found, due).run()
+    try:
+        return _Fanout(self.app, found, due).run()
+    except TenantLaunchError:
+        raise  # which names it
+    except Exception as error:
+        # All schedules are this one task.  What the error says is for redact= to see, so it is in the traceback alone.
+        _log.error("schedule %s at %s ends with %s", schedule_name, due.isoformat(), type(error).__name__)
+        error.add_note(f"(schedule {schedule_name!r} at {due.isoformat()})")
+        raise
 
 
 class _Fanout:
@@ -313,7 +333,9 @@ class _Fanout:
         Raises:
             TenantLaunchError: it could not be launched for some of them.
             DBAPIError, ConnectionError, BrokerError: for no one, or no one else.
+            ConfigurationError: there is no such task, or the tenants are none.
         """
+        _require_task(self._app, self._schedule)
         due = self._due.isoformat()
         if self._table.is_finished(self._key, self._due):
             _log.info("schedule %s: the tick of %s was run before", self._schedule.name, due)
@@ -410,6 +432,15 @@ def _table(app: Celery, schedule: _TenantSchedule) -> ScheduleTable:
     return ScheduleTable(backend.records, has_messages=has_messages, lost_after=schedule.lost_after)
 
 
+def _require_task(app: Celery, schedule: _TenantSchedule) -> None:
+    """Raise NotConfiguredError if a task that is given by its name is not there, for whichever tenant."""
+    if isinstance(schedule.task, str) and schedule.task not in app.tasks:
+        raise NotConfiguredError(
+            f"schedule {schedule.name!r} runs {schedule.task!r}, and this worker knows no task of that name.  Have it "
+            "import the module that defines the task (imports= or include= of the application)"
+        )
+
+
 def _place(key: str, organization_id: str) -> float:
     """Where a tenant is among all of a schedule: the same at each tick, from 0 up to 1."""
     digest = hashlib.sha256(f"{key}\0{organization_id}".encode()).digest()
@@ -421,7 +452,7 @@ def _read(app: Celery, schedule: _TenantSchedule) -> Iterator[Iterable[Any]]:
     """What the query returns: all of it, so that no transaction is open while thousands are launched."""
     query = schedule.tenants
     if not isinstance(query, str | Executable):
-        yield query()
+        yield _listed(query(), schedule)
         return
     statement = text(query) if isinstance(query, str) else query
     sessions = sessions_of(app)
@@ -438,6 +469,16 @@ def _read(app: Celery, schedule: _TenantSchedule) -> Iterator[Iterable[Any]]:
             schedule.name,
         )
     yield rows
+
+
+def _listed(tenants: Any, schedule: _TenantSchedule) -> Iterable[Any]:
+    """What a function has returned, if that is tenants."""
+    if isinstance(tenants, str | bytes) or not isinstance(tenants, Iterable):
+        raise ConfigurationError(
+            f"the function of schedule {schedule.name!r} returned {type(tenants).__name__}.  Let it return a list of "
+            "tenants, also if there is one or none, or yield them"
+        )
+    return tenants
 
 
 def _tenant(row: Any) -> TenantContext:

@@ -19,12 +19,21 @@ from celery import Celery, chain
 from celery.schedules import schedule
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Engine, column, select, table, text
+from sqlalchemy.exc import ProgrammingError
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions
 from rhesis_tasks.beat import TASK_NAME, each_tenant, latest_tick
-from rhesis_tasks.errors import DatabaseUnavailableError, NotSupportedError, TaskArgumentsError, TenantLaunchError
+from rhesis_tasks.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    NotConfiguredError,
+    NotSupportedError,
+    TaskArgumentsError,
+    TenantLaunchError,
+)
 from rhesis_tasks.postgres.schedules import ScheduleTable
 from rhesis_tasks.processes import Child, child, free_port, python, wait_until
+from rhesis_tasks.retry import GiveUp
 from rhesis_tasks.rls import enable_rls
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import TenantDatabase, running_worker
@@ -103,6 +112,7 @@ def test_each_tick_runs_once_for_each_tenant_though_two_beats_publish_it_and_one
             before = scene.count("often", "initech")
             wait_until("ticks by one that is started anew", lambda: scene.count("often", "initech") > before, PATIENCE)
             worker.wait_for('relation "nowhere" does not exist', PATIENCE)
+            worker.wait_for("(schedule 'broken' at ", PATIENCE)
             assert again.running
 
     runs = scene.runs("often")
@@ -380,6 +390,47 @@ def test_what_would_be_the_same_for_all_is_raised_at_once_and_nothing_is_said_to
     each_tenant(app, "wrong", "digest", schedule=DAY, tenants=lambda: ["acme"], kwargs={"no": "such"})
     with pytest.raises(TaskArgumentsError, match="no"):
         run(app, "wrong")
+
+
+@pytest.mark.parametrize("tenants", ["acme", b"acme", None, TenantContext("acme")])
+def test_a_function_that_returns_no_list_of_tenants_is_refused_and_launches_for_nobody(
+    app: Celery, tenant_database: TenantDatabase, tenants: Any
+) -> None:
+    daily(app, lambda: tenants)
+
+    with pytest.raises(ConfigurationError, match=r"the function of schedule 'daily' returned .* return a list"):
+        run(app)
+
+    assert waiting(tenant_database, None) == {}
+
+
+def test_a_task_that_the_worker_does_not_know_is_told_at_once_with_the_schedules_name(app: Celery) -> None:
+    each_tenant(app, "lost", "no.such.task", schedule=DAY, tenants=lambda: ["acme"])
+
+    with pytest.raises(NotConfiguredError, match=r"schedule 'lost' runs 'no\.such\.task', and this worker knows no"):
+        run(app, "lost")
+
+    assert isinstance(app.tasks[TASK_NAME].retry_policy.decide(NotConfiguredError(), 0), GiveUp)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (ProgrammingError, {"tenants": "SELECT id FROM nowhere"}),
+        (TaskArgumentsError, {"tenants": lambda: ["acme"], "kwargs": {"no": "such"}}),
+        (ZeroDivisionError, {"tenants": lambda: [1 // 0]}),
+    ],
+)
+def test_whatever_ends_a_tick_is_told_with_the_schedules_name(
+    app: Celery, caplog: pytest.LogCaptureFixture, kind: type[Exception], wrong: dict[str, Any]
+) -> None:
+    each_tenant(app, "wrong", "digest", schedule=DAY, **wrong)
+
+    with pytest.raises(kind) as caught:
+        run(app, "wrong")
+
+    assert caught.value.__notes__ == [f"(schedule 'wrong' at {TODAY.isoformat()})"]
+    assert f"schedule wrong at {TODAY.isoformat()} ends with {kind.__name__}" in caplog.messages
 
 
 def test_what_was_launched_by_one_who_did_not_come_to_say_so_is_not_launched_again(

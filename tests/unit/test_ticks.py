@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -143,6 +143,10 @@ async def asynchronous() -> list[str]:
     return []
 
 
+async def asynchronously() -> AsyncIterator[str]:
+    yield "acme"
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
@@ -156,7 +160,12 @@ async def asynchronous() -> list[str]:
         ({"schedule": "hourly"}, "a crontab or an interval, not str"),
         ({"schedule": None}, "a crontab or an interval, not NoneType"),
         ({"tenants": 5}, "a SELECT or a function, not int"),
+        ({"tenants": ["acme"]}, "a SELECT or a function, not list"),
         ({"tenants": asynchronous}, "not async def"),
+        ({"tenants": asynchronously}, "not async def"),
+        ({"args": "5"}, r"args= is a list or tuple of arguments, not str: args=\('5',\)"),
+        ({"args": 5}, "args= is a list or tuple of arguments, not int"),
+        ({"kwargs": ["kind"]}, "kwargs= is a mapping of arguments by their names, not list"),
         ({"options": {"task_id": "x"}}, "cannot have task_id"),
         ({"options": {"headers": {}}}, "cannot have headers"),
         ({"options": {"countdown": 5}, "spread": 10}, "cannot have countdown"),

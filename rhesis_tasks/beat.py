@@ -42,7 +42,7 @@ from .errors import (
     TaskArgumentsError,
     TenantLaunchError,
 )
-from .launch import launch_with_context
+from .launch import launch_with_context, misspelt_option
 from .postgres.schedules import ScheduleTable
 from .propagation import is_installed
 from .retry import RetryPolicy
@@ -210,6 +210,8 @@ def _checked_options(options: Mapping[str, Any], spread: float) -> dict[str, Any
     taken = {"task_id", "headers", *(("countdown", "eta") if spread else ())} & set(options)
     if taken:
         raise ConfigurationError(f"the options of a schedule for each tenant cannot have {', '.join(sorted(taken))}")
+    if wrong := misspelt_option(options):
+        raise ConfigurationError(wrong)
     return dict(options)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import functools
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from celery import Task
+from celery import Celery, Task
+from celery.app.amqp import AMQP
 from celery.canvas import Signature, maybe_signature
 from celery.local import Proxy
+from kombu import Producer
 from kombu.utils.uuid import uuid
 
 from .canvas import COMPOSITES, Part, bound, bound_options, last_task, parts
@@ -21,12 +25,16 @@ from .propagation import carrier, installed_apps, is_installed, outgoing_envelop
 from .task import BaseTask
 
 if TYPE_CHECKING:
-    from celery import Celery
     from celery.result import AsyncResult
 
-__all__ = ["alaunch_with_context", "launch_with_context"]
+__all__ = ["alaunch_with_context", "launch_with_context", "misspelt_option"]
 
 _OURS: Final = ("current_user", "context", "session", "idempotency_key", "options")
+# Of a message, beyond what Celery and kombu have as parameters: AMQP's properties, and what Celery's sender takes.
+_PROPERTIES: Final = frozenset({"app_id", "cluster_id", "correlation_id", "message_id", "timestamp", "type", "user_id"})
+_OF_SENDER: Final = frozenset({"event_dispatcher", "exchange_type", "queue"})
+_NOT_OPTIONS: Final = frozenset({"self", "body", "name", "args", "kwargs", "options", "properties"})
+_ALIKE: Final = 0.8  # of difflib's ratio, from 0 up to 1
 
 
 def launch_with_context(
@@ -63,7 +71,7 @@ def launch_with_context(
         TenantConflictError: the arguments name another tenant than the active one.
         InvalidTenantError: the user has no usable id or organization.
         TaskArgumentsError: (a TypeError) the arguments do not fit, or the task has a parameter named like
-            one of ours; then launch ``task.s(...)``.
+            one of ours; then launch ``task.s(...)``.  Or an option is called almost like one of Celery's.
         NotConfiguredError: the task's application was not configured.
     """
     target = _evaluated(task_or_signature)
@@ -78,6 +86,8 @@ def launch_with_context(
             "session= and idempotency_key= are reserved: they need a broker that takes part in the database "
             "transaction, which this one does not"
         )
+    if options and (wrong := misspelt_option(options)):
+        raise TaskArgumentsError(wrong)
     signature, args, kwargs = _signature_of(target, args, kwargs)
     tenant = resolve_tenant(context=context, current_user=current_user)
     with tenant_scope(tenant) if tenant else nullcontext():
@@ -117,6 +127,26 @@ async def alaunch_with_context(
         options=options,
         **kwargs,
     )
+
+
+def misspelt_option(options: Mapping[str, Any]) -> str | None:
+    """What to say about an option that is none of Celery's, and called almost like one; None if there is none.
+
+    Others are left alone: Celery hands what it does not know to routers and brokers, and stamps may have any name.
+    """
+    known = _celerys_options()
+    for name in sorted(set(options) - known - set(options.get("stamped_headers") or ())):
+        if alike := difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE):
+            return f"Celery has no option {name!r}: did you mean {alike[0]}?"
+    return None
+
+
+@functools.cache
+def _celerys_options() -> frozenset[str]:
+    """Whatever Celery and kombu take to publish a task."""
+    publishing: tuple[Any, ...] = (Task.apply_async, Celery.send_task, AMQP.as_task_v2, Producer.publish)
+    names = {name for each in publishing for name in inspect.signature(each).parameters}
+    return frozenset(names | _PROPERTIES | _OF_SENDER) - _NOT_OPTIONS
 
 
 def _evaluated(target: Any) -> Any:
@@ -205,7 +235,15 @@ def _check_arguments(task: Task[Any, Any], part: Part) -> None:
             hints.append("a task that takes self needs @app.task(bind=True)")
         if {"user", "tenant"} & set(kwargs):
             hints.append("who launches it is given as current_user= or context=")
+        if options := [name for name in kwargs if name not in parameters.parameters and name in _celerys_options()]:
+            given = ", ".join(f'"{name}": {_shown(kwargs[name])}' for name in options)
+            hints.append(f"what is an option of Celery's is given as options={{{given}}}")
         raise TaskArgumentsError(".  ".join(hints)) from None
+
+
+def _shown(value: Any) -> str:
+    """A number, since other values may be long, or not to be told."""
+    return repr(value) if isinstance(value, int | float) else "..."
 
 
 def _recorded(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]) -> AbstractContextManager[None]:

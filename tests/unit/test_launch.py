@@ -572,6 +572,38 @@ def test_options_are_celerys_own(tasks: Tasks, published: Any) -> None:
     assert published(tasks.app) == []
 
 
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("countdwn", "countdown"),
+        ("expire", "expires"),
+        ("priorty", "priority"),
+        ("queues", "queue"),
+        ("header", "headers"),
+        ("link_errors", "link_error"),
+        ("routingkey", "routing_key"),
+    ],
+)
+def test_an_option_that_is_called_almost_like_one_of_celerys_is_refused(
+    tasks: Tasks, misspelt: str, meant: str, published: Any
+) -> None:
+    with pytest.raises(TaskArgumentsError, match=rf"no option '{misspelt}': did you mean {meant}\?"):
+        launch_with_context(tasks.add, 1, current_user=ALICE, options={misspelt: 3600})
+
+    assert published(tasks.app) == []
+
+
+def test_options_that_routers_brokers_and_stamps_have_of_their_own_are_left_alone(tasks: Tasks, published: Any) -> None:
+    stamp = {"stamped_headers": ["queues"], "queues": "mine"}
+    properties = {"expiration": 60, "delivery_mode": 1, "user_id": "ann", "MessageGroupId": "acme", "region": "eu"}
+
+    launch_with_context(tasks.add, 1, current_user=ALICE, options={**stamp, **properties, "ignore_result": True})
+
+    (message,) = published(tasks.app)
+    assert message.headers["stamps"] == {"queues": "mine"}
+    assert message.headers["ignore_result"] is True
+
+
 @pytest.mark.parametrize("kind", ["signature", "chain", "chord"])
 def test_options_of_a_canvas_are_celerys_own(tasks: Tasks, kind: str, published: Any) -> None:
     canvas = {
@@ -719,3 +751,5 @@ def test_likely_mistakes_are_answered_with_what_was_meant(app: Celery, tasks: Ta
         launch_with_context(unbound, 1, current_user=ALICE)
     with pytest.raises(TaskArgumentsError, match="current_user="):
         launch_with_context(tasks.add, 1, user=ALICE)
+    with pytest.raises(TaskArgumentsError, match=r'given as options=\{"countdown": 60, "queue": \.\.\.\}$'):
+        launch_with_context(tasks.add, 1, current_user=ALICE, countdown=60, queue="mail")

@@ -168,6 +168,7 @@ async def asynchronously() -> AsyncIterator[str]:
         ({"kwargs": ["kind"]}, "kwargs= is a mapping of arguments by their names, not list"),
         ({"options": {"task_id": "x"}}, "cannot have task_id"),
         ({"options": {"headers": {}}}, "cannot have headers"),
+        ({"options": {"expiers": 5}}, "no option 'expiers': did you mean expires?"),
         ({"options": {"countdown": 5}, "spread": 10}, "cannot have countdown"),
         ({"spread": -1}, "spread is a number of seconds of 0 or more"),
         ({"spread": 60}, "not shorter than the period"),

@@ -62,12 +62,10 @@ def worker(app: str, more: tuple[str, ...], **given: Any) -> None:
     celery = application(app)
     known.append(Source(_of_application(celery), lambda option: f"{option.setting} of the application"))
     found = find_options(relevant(known), known)
-    _check(app, found)
+    _check(app, celery, found)
     arguments = _arguments(app, found, (*more_opts, *more))
     environ = {**os.environ, **_environment(app, found)}
     _print(app, celery, found, (*more_opts, *more))
-    if not (celery.conf.broker_read_url or {"-b", "--broker"} & {each.partition("=")[0] for each in arguments}):
-        _warn(found, "no broker is set, so Celery's default is used.  Is DATABASE_URL missing?")
     sys.stdout.flush()
     sys.stderr.flush()
     # In place of this process: it is the one that gets the signals, and gevent wants to be there before all others.
@@ -105,8 +103,14 @@ def _of_application(app: Celery) -> dict[str, str]:
     return found
 
 
-def _check(app: str, found: Mapping[str, Found]) -> None:
+def _check(app: str, celery: Celery, found: Mapping[str, Found]) -> None:
     """Refuse what cannot be had here."""
+    if not (celery.conf.broker_read_url or celery.conf.broker_transport):
+        # Celery would go on to try its default, RabbitMQ on this machine, for minutes.
+        raise OptionError(
+            f"{app} has no broker.  Is DATABASE_URL missing, or configure() of the application?  Another broker is "
+            "named by BROKER_URL, or by CELERY_BROKER_URL for an application that is not configured"
+        )
     pool = found["pool"]
     if pool.value == "gevent" and importlib.util.find_spec("gevent") is None:
         raise OptionError(f"{pool.source} is 'gevent', which is not installed: pip install gevent")
@@ -141,13 +145,6 @@ def _environment(app: str, found: Mapping[str, Found]) -> dict[str, str]:
     """What the worker is to read, beyond Celery's options."""
     environ = {each.option.variable: each.text for each in found.values() if each.option.celery is None}
     return {**environ, "RHESIS_TASKS_WORKER_APP": app}
-
-
-def _warn(found: Mapping[str, Found], message: str) -> None:
-    if found["log-format"].value == "json":
-        _print_json("WARNING", message)
-    else:
-        click.echo(f"rhesis-tasks: {message}", err=True)
 
 
 def _print_json(level: str, message: str, **more: Any) -> None:

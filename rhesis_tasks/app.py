@@ -6,11 +6,13 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from celery import Celery
 from celery.app.amqp import AMQP
 from celery.app.defaults import SETTING_KEYS
 from celery.signals import beat_init, celeryd_init
+from sqlalchemy.engine import URL
 
 from . import hooks, logs, outcomes, propagation
 from .amqp import ContextAMQP
@@ -21,14 +23,11 @@ from .guard import Guard
 from .loops import loop_factory
 from .postgres.patience import be_patient
 from .sessions import TenantSessions, require_sessions, sessions_of, use_sessions
-from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name
+from .settings import DEFAULT_SCHEMA, result_backend_url, schema_name, url_text
 from .settings import broker_url as broker_form
 from .settings import database_url as database_form
 from .signing import Signer
 from .task import ContextTask
-
-if TYPE_CHECKING:
-    from celery import Celery
 
 __all__ = ["configure", "unconfigure"]
 
@@ -93,10 +92,10 @@ _configured: weakref.WeakKeyDictionary[Celery, _Configuration] = weakref.WeakKey
 
 def configure(
     app: Celery,
-    database_url: str | None = None,
+    database_url: str | URL | None = None,
     *,
-    broker_url: str | None = None,
-    result_backend: str | None = None,
+    broker_url: str | URL | None = None,
+    result_backend: str | URL | None = None,
     sessions: TenantSessions | None = None,
     signing_keys: Sequence[str | bytes] = (),
     schema: str | None = None,
@@ -137,6 +136,14 @@ def configure(
         ConfigurationError: the application is in use already, was configured otherwise, or a URL is wrong.
         MissingExtraError: a PostgreSQL URL is given and psycopg is not installed, or uvloop is not.
     """
+    if not isinstance(app, Celery):
+        raise ConfigurationError(
+            f"the first argument of configure() is the Celery application, not {type(app).__name__}.  Call "
+            "configure(app, ...)"
+        )
+    database_url, broker_url, result_backend = (
+        None if url is None else url_text(url) for url in (database_url, broker_url, result_backend)
+    )
     unknown = sorted(set(overrides) - SETTING_KEYS)
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")

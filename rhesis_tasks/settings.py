@@ -28,6 +28,7 @@ __all__ = [
     "require_psycopg",
     "result_backend_url",
     "schema_name",
+    "url_text",
 ]
 
 DEFAULT_SCHEMA: Final = "rhesis_tasks"
@@ -41,6 +42,22 @@ def is_postgresql(url: str) -> bool:
     return url.strip().partition("://")[0].partition("+")[0] in _SCHEMES
 
 
+def url_text(url: object) -> str:
+    """A URL as it was given to us, as a string with its password.
+
+    Raises:
+        ConfigurationError: it is neither a str nor SQLAlchemy's URL.
+    """
+    if isinstance(url, URL):
+        return rendered(url)
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"a URL is a str or a sqlalchemy.URL, not {type(url).__name__}.  Pass str(url), or "
+            "url.get_secret_value() of a secret"
+        )
+    return url
+
+
 def database_url(url: str | URL) -> URL:
     """A PostgreSQL URL as SQLAlchemy and psycopg 3 want it.
 
@@ -51,7 +68,7 @@ def database_url(url: str | URL) -> URL:
     Raises:
         ConfigurationError: it is not a PostgreSQL URL.
     """
-    parsed = url if isinstance(url, URL) else _parsed(url.strip())
+    parsed = url if isinstance(url, URL) else _parsed(url_text(url).strip())
     if parsed.get_backend_name() not in _SCHEMES:
         raise ConfigurationError(
             f"a database URL looks like postgresql://user:password@host/database, not {redacted(parsed)}"

@@ -13,6 +13,7 @@ import pytest
 from celery import Celery, Task
 from celery.backends.cache import CacheBackend
 from celery.signals import celeryd_init
+from pydantic import PostgresDsn, SecretStr
 from sqlalchemy.engine import make_url
 
 from rhesis_tasks import BaseTask, TenantContext, TenantSessions, configure, tenant_scope, unconfigure
@@ -58,6 +59,43 @@ def test_a_database_url_that_names_another_driver_does_as_well(bare: Celery, url
 
     assert bare.conf.broker_url == AS_BROKER
     assert bare.conf.result_backend == AS_BACKEND
+
+
+def test_an_url_may_be_one_of_sqlalchemys_and_keeps_its_password(bare: Celery) -> None:
+    url = make_url("postgresql+psycopg://app:s3c%40ret@db/shop")
+
+    configure(bare, url)
+    configure(bare, url)
+
+    assert bare.conf.broker_url == bare.conf.result_backend == "postgresql://app:s3c%40ret@db/shop"
+    assert database_of(bare) == "postgresql+psycopg://app:s3c%40ret@db/shop"
+
+
+def test_broker_and_results_may_have_urls_of_sqlalchemys(bare: Celery) -> None:
+    configure(
+        bare, broker_url=make_url(DATABASE.replace("postgres:", "postgresql:")), result_backend=make_url(AS_BACKEND)
+    )
+
+    assert (bare.conf.broker_url, bare.conf.result_backend) == (AS_BROKER, AS_BACKEND)
+
+
+@pytest.mark.parametrize("name", ["database_url", "broker_url", "result_backend"])
+@pytest.mark.parametrize("url", [SecretStr(DATABASE), PostgresDsn(DATABASE), DATABASE.encode(), 5, ["redis://"]])
+def test_an_url_of_another_type_is_refused_with_what_to_pass_instead(bare: Celery, name: str, url: Any) -> None:
+    kind = type(url).__name__
+
+    with pytest.raises(
+        ConfigurationError, match=rf"a str or a sqlalchemy.URL, not {kind}\.  Pass str\(url\)"
+    ) as caught:
+        configure(bare, **{name: url})
+
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["shop", DATABASE, None])
+def test_what_is_no_celery_application_is_refused(first: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"the first argument of configure\(\) is the Celery application"):
+        configure(first)
 
 
 def test_what_is_not_given_comes_from_the_environment(bare: Celery, monkeypatch: pytest.MonkeyPatch) -> None:

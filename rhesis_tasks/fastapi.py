@@ -9,13 +9,25 @@ Needs the extra ``fastapi``.
 import base64
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
+
+from celery import Celery
+from celery.app.backends import by_url
+from celery.local import Proxy
+from typing_extensions import override
 
 from .context import CurrentUser, TenantContext, tenant_scope
-from .errors import MissingExtraError
+from .errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    MissingExtraError,
+    NotConfiguredError,
+    NotSupportedError,
+)
 from .postgres.records import TaskRecord
+from .propagation import is_installed
 from .states import TERMINAL, State
 from .status import Cancellation, TaskNode, cancel_task, get_task, list_tasks, task_tree
 from .streaming import END, Look, task_events
@@ -24,13 +36,11 @@ try:
     from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response, status
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import StreamingResponse
+    from fastapi.routing import APIRoute
     from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
     from pydantic_core import to_jsonable_python
 except ImportError as error:
     raise MissingExtraError.of("fastapi", "fastapi") from error
-
-if TYPE_CHECKING:
-    from celery import Celery
 
 __all__ = [
     "TaskCancellation",
@@ -47,6 +57,9 @@ _log = logging.getLogger(__name__)
 
 MAX_DEPTH_OF_RESULT: Final = 100
 """Levels of a result that are shown; together with those of a tree fewer than pydantic can write (255)."""
+
+RETRY_AFTER: Final = 5
+"""Seconds after which a client that is told that the database is away may ask again."""
 
 TenantDependency = Callable[..., AsyncIterator[TenantContext]]
 
@@ -151,7 +164,7 @@ Redact = Callable[[str], str]
 
 
 def task_router(
-    app: "Celery",
+    app: Celery,
     get_tenant: Callable[..., Any],
     *,
     redact: Redact | None = None,
@@ -167,7 +180,8 @@ def task_router(
     ``POST /{id}/cancel``   a :class:`TaskCancellation`
     ======================  ============================================================================
 
-    A foreign, unknown or expired id is the same 404.
+    A foreign, unknown or expired id is the same 404.  While the database cannot be reached each of them is a 503, with
+    a ``Retry-After``.
 
     Args:
         app: a configured Celery application whose result backend is PostgreSQL.
@@ -176,9 +190,12 @@ def task_router(
         allow_terminate: whether ``?terminate=true`` may have a worker end a task that runs.
 
     Raises:
-        NotSupportedError: when a route is called, if the result backend keeps no records of tenants.
+        ConfigurationError: ``app`` is no Celery application.
+        NotConfiguredError: it was not configured.
+        NotSupportedError: its result backend keeps no records of tenants.  If it has none yet, when a route is called.
     """
-    router = APIRouter(tags=["tasks"])
+    _require_records(app)
+    router = APIRouter(tags=["tasks"], route_class=_Route, responses=_AWAY)
     Tenant = Annotated[TenantContext, Depends(get_tenant)]
     TaskId = Annotated[str, Path(max_length=255, description="As it was launched by")]
     unknown: dict[int | str, dict[str, Any]] = {
@@ -284,6 +301,51 @@ def task_router(
     return router
 
 
+def _require_records(app: Celery) -> None:
+    """Refuse an application that all routes would fail with, as far as that is known without its database."""
+    if isinstance(app, Proxy):
+        app = app._get_current_object()
+    if not isinstance(app, Celery):
+        raise ConfigurationError(
+            f"task_router takes the Celery application, not {type(app).__name__}.  Call task_router(app, get_tenant)"
+        )
+    if not is_installed(app):
+        raise NotConfiguredError(
+            f"application {app.main!r} is not configured.  Call configure(app, ...) before task_router(app, ...)"
+        )
+    named: Any = app.backend_cls or app.conf.result_backend
+    if not named:
+        return
+    found: Any = by_url(named, app.loader)  # a class and its URL, though the stubs know the class only
+    backend = found[0]
+    if not hasattr(backend, "get_record"):
+        raise NotSupportedError(
+            f"the result backend {backend.__name__} keeps no records of tenants, so no task can be shown or cancelled "
+            "for one of them only.  Use result_backend='postgresql://...'"
+        )
+
+
+class _Route(APIRoute):
+    """Answers that the database is away, where it is, instead of failing."""
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except DatabaseUnavailableError as error:
+                _log.warning("%s %s cannot be answered: %s", request.method, self.path, error)
+                raise HTTPException(
+                    status.HTTP_503_SERVICE_UNAVAILABLE,
+                    "the database cannot be reached",
+                    headers={"Retry-After": str(RETRY_AFTER)},
+                ) from error
+
+        return answer
+
+
 class _Detail(BaseModel):
     detail: str
 
@@ -295,6 +357,16 @@ class _EventStream(StreamingResponse):
 # nginx would collect events before it passes them on.
 _AT_ONCE: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
+
+_ERROR: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/_Detail"}}}
+
+_AWAY: Final[dict[int | str, dict[str, Any]]] = {
+    status.HTTP_503_SERVICE_UNAVAILABLE: {
+        "description": "The database cannot be reached",
+        "headers": {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}},
+        "content": _ERROR,
+    }
+}
 
 # Of another media type than its errors, so FastAPI cannot make it from models.
 _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
@@ -321,7 +393,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     status.HTTP_204_NO_CONTENT: {"description": "Nothing comes after the last event, whose id was sent"},
     status.HTTP_404_NOT_FOUND: {
         "description": "No such task of this tenant",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/_Detail"}}},
+        "content": _ERROR,
     },
 }
 

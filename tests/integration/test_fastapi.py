@@ -23,7 +23,6 @@ from rhesis_tasks import (
     tenant_scope,
     unconfigure,
 )
-from rhesis_tasks.errors import NotSupportedError
 from rhesis_tasks.fastapi import task_router, tenant_dependency
 from rhesis_tasks.testing import TenantDatabase
 
@@ -184,18 +183,6 @@ def test_results_and_errors_are_shown(client: TestClient, celery_app: Celery) ->
     assert (failed["state"], failed["result"]) == ("failure", None)
     assert failed["error"] == {"type": "ValueError", "message": "no good 1", "reason": None}
     assert failed["organization_id"] == "tenant-a"
-
-
-def test_a_backend_without_tenants_is_an_error_that_says_so(tenant_database: TenantDatabase) -> None:
-    app = Celery("api", set_as_current=False, backend="cache+memory://")
-    configure(app, tenant_database.url, broker_url="memory://")
-    api = FastAPI()
-    api.include_router(task_router(app, get_tenant), prefix="/tasks")
-
-    with pytest.raises(NotSupportedError, match="result_backend='postgresql://"):
-        TestClient(api).get("/tasks/1", headers=as_user("ann"))
-
-    unconfigure(app)
 
 
 def test_the_openapi_document_describes_the_status(client: TestClient) -> None:

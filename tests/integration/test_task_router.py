@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from broker_rig import PostgresServer, running_server
 from celery import Celery
 from fastapi.testclient import TestClient
 from record_statements import noted_statements
@@ -21,7 +22,7 @@ from sqlalchemy import Engine, event
 
 from rhesis_tasks import launch_with_context, status, tenant_scope
 from rhesis_tasks.headers import Progress
-from rhesis_tasks.processes import wait_until
+from rhesis_tasks.processes import free_port, wait_until
 from rhesis_tasks.states import TERMINAL, WAITING, State
 from rhesis_tasks.status import get_task, list_tasks, task_tree
 from rhesis_tasks.testing import StartWorker, TenantDatabase, new_tenant_database
@@ -49,6 +50,12 @@ def tenant_database(database: TenantDatabase) -> TenantDatabase:
 def app(make_app: MakeApp, tenant_database: TenantDatabase) -> Celery:
     """An application with one task, on PostgreSQL alone."""
     return with_work(make_app(broker_url=tenant_database.url))
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    with running_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -850,6 +857,42 @@ def test_a_user_without_an_organization_is_forbidden_everything(
     assert (response.status_code, response.json()) == (403, {"detail": "you belong to no organization"})
 
 
+# --- the database is away ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/tasks/"), *OF_ONE_TASK])
+def test_while_the_database_is_away_a_client_is_told_when_to_ask_again(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture, method: str, path: str
+) -> None:
+    port = free_port()
+    client = client_of(make_app(f"postgresql://app:s3cret@127.0.0.1:{port}/shop"), ANN, allow_terminate=True)
+
+    response = client.request(method, path.format("task"))
+
+    assert (response.status_code, response.json()) == (503, {"detail": "the database cannot be reached"})
+    assert int(response.headers["Retry-After"]) > 0
+    (told,) = [message for message in caplog.messages if "cannot be answered" in message]
+    assert f"127.0.0.1:{port}" in told
+    assert "s3cret" not in told
+
+
+def test_a_database_that_goes_away_and_comes_back_is_told_to_clients_meanwhile(
+    server: PostgresServer, make_app: MakeApp
+) -> None:
+    with new_tenant_database(server.url) as database:
+        app = with_work(make_app(database.url, broker_url=database.url))
+        client = client_of(app, ANN)
+        move(app, ANN, "task", State.STARTED)
+        codes = [client.get("/tasks/task").status_code]
+
+        server.stop()
+        codes += [client.get("/tasks/task").status_code, client.post("/tasks/task/cancel").status_code]
+        server.start()
+        codes += [client.get("/tasks/task").status_code, client.post("/tasks/task/cancel").status_code]
+
+    assert codes == [200, 503, 503, 200, 200]
+
+
 # --- the document --------------------------------------------------------------------------------------------------
 
 
@@ -877,13 +920,14 @@ def test_the_openapi_document_says_what_each_route_answers(ann: TestClient) -> N
         for key, operation in operations.items()
     }
 
-    invalid, error = "HTTPValidationError", "_Detail"
+    error = "_Detail"
+    always = {"422": "HTTPValidationError", "503": error}
     assert responses == {
-        ("get", "/tasks/"): {"200": "TaskPage", "400": error, "422": invalid},
-        ("get", "/tasks/{task_id}"): {"200": "TaskStatus", "404": error, "422": invalid},
-        ("get", "/tasks/{task_id}/events"): {"200": "events of TaskStatus", "204": None, "404": error, "422": invalid},
-        ("get", "/tasks/{task_id}/tree"): {"200": "TaskTree", "404": error, "422": invalid},
-        ("post", "/tasks/{task_id}/cancel"): {"200": "TaskCancellation", "403": error, "404": error, "422": invalid},
+        ("get", "/tasks/"): {"200": "TaskPage", "400": error, **always},
+        ("get", "/tasks/{task_id}"): {"200": "TaskStatus", "404": error, **always},
+        ("get", "/tasks/{task_id}/events"): {"200": "events of TaskStatus", "204": None, "404": error, **always},
+        ("get", "/tasks/{task_id}/tree"): {"200": "TaskTree", "404": error, **always},
+        ("post", "/tasks/{task_id}/cancel"): {"200": "TaskCancellation", "403": error, "404": error, **always},
     }
     for operation in operations.values():
         assert operation["description"]

@@ -74,6 +74,7 @@ class Services(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         parent.rhesis_tasks = self
         try:
+            _let_celery_restart()
             found = self._found = settings_of(parent.app.conf)
             if found["log-format"].value == "json":
                 logs.install_json()
@@ -105,6 +106,16 @@ class Services(bootsteps.StartStopStep):
             process.kill()
 
     terminate = stop
+
+
+def _let_celery_restart() -> None:
+    """Let Celery's restart on SIGHUP, which has Python run sys.argv again, work for a worker of ``python -m celery``.
+
+    There the first argument is the path of celery/__main__.py, whose relative imports fail if it is run by its path.
+    """
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name == "celery.__main__":
+        sys.argv[0] = "-mcelery"
 
 
 def flower_of(app: str, address: str, port: int) -> subprocess.Popen[bytes]:

@@ -421,6 +421,27 @@ def test_sigquit_ends_a_worker_that_cannot_stop_what_runs_within_moments(
     assert messages(tenant_database) == [("wait_for", None, 0)]
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_is_hung_up_ends_what_runs_and_starts_again_as_it_was(
+    start: Start, launcher: Celery, tenant_database: TenantDatabase, tmp_path: Path, pool: str
+) -> None:
+    worker = start("-n", "mine@%h", CELERY_WORKER_POOL=pool)
+    gate = begin(launcher, tmp_path)
+
+    for number in (1, 2):  # a worker that was started again can be so once more
+        worker.process.send_signal(signal.SIGHUP)
+        wait_until("it to be told", lambda: worker.output.count("Restarting celery worker") == number)  # noqa: B023
+        gate.touch()
+        wait_until("it to be there again", lambda: len(re.findall("mine@.* ready", worker.output)) == 1 + number)  # noqa: B023
+
+    assert worker.output.count("succeeded in") == 1
+    launcher.send_task("add", (1, 2))
+    wait_until("it to do something", lambda: worker.output.count("succeeded in") == 2)
+    worker.process.send_signal(signal.SIGTERM)
+    assert ended(worker) == 0
+    assert messages(tenant_database) == []
+
+
 # --- what it logs ------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import click
 from typing_extensions import override
@@ -25,6 +25,8 @@ from .tenants import tenants
 from .worker import worker
 
 __all__ = ["main"]
+
+_ENCODING: Final = "PYTHONIOENCODING"
 
 
 @contextmanager
@@ -79,8 +81,18 @@ for command in (demo, flower, schema, tasks, tenants, worker):
     commands.add_command(command)
 
 
+def _let_successors_print_anything() -> None:
+    """Let the worker and Flower, which take this process's place, print names that their output's encoding lacks.
+
+    Celery's banner has the names of all tasks.  What is printed here is click's to care for.
+    """
+    encoding, _, errors = os.environ.get(_ENCODING, "").partition(":")
+    os.environ[_ENCODING] = f"{encoding}:{errors or 'backslashreplace'}"
+
+
 def main() -> None:
     """The entry point: errors of ours are a message and an exit code, not a traceback."""
+    _let_successors_print_anything()
     with _until_nobody_reads():
         try:
             commands(standalone_mode=False)

@@ -25,6 +25,11 @@ def add(self: BaseTask, first: Any, second: Any) -> Any:
     return first + second
 
 
+@app.task(base=BaseTask, name="prüfen", tenant_required=False)
+def check() -> None:
+    """Has a name that not every output can print."""
+
+
 @app.task(base=BaseTask, name="fail", tenant_required=False)
 def fail() -> None:
     raise ValueError("broken")

@@ -280,6 +280,13 @@ def test_a_worker_whose_broker_is_named_anywhere_begins(tmp_path: Path, line: st
     assert done.output.startswith("A worker of bare_shop (bare)\n")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:replace"])
+def test_a_worker_starts_though_its_output_cannot_have_the_name_of_a_task(start: Start, encoding: str) -> None:
+    worker = start("-P", "solo", LC_ALL="C", PYTHONIOENCODING=encoding)
+
+    assert f"  . {'pr?fen' if encoding.endswith('replace') else 'pr' + chr(92) + 'xfcfen'}\n" in worker.output
+
+
 # --- how it stops ------------------------------------------------------------------------------------------------
 
 

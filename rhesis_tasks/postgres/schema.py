@@ -120,6 +120,7 @@ def create_schema(
         web_roles: roles that launch tasks and read results, and nothing else: they cannot read a message.
 
     Raises:
+        MissingPrivilegeError: there is no such schema, and this login may not create one.
         SchemaError: the tables are of a newer version than this one.
     """
     if isinstance(bind, Engine):
@@ -128,6 +129,7 @@ def create_schema(
             create_schema(connection, schema=schema, roles=roles, web_roles=web_roles)
         return
     bind.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+    _require_right_to_create(bind, schema_name(schema))
     script = schema_sql(schema, roles, web_roles, tables=not _status(bind, schema_name(schema)).is_current)
     try:
         bind.exec_driver_sql(script, execution_options={"no_parameters": True})
@@ -138,6 +140,21 @@ def create_schema(
         elif state != "55000":
             raise
         raise SchemaError(reason) from error
+
+
+def _require_right_to_create(connection: Connection, schema: str) -> None:
+    """Raises MissingPrivilegeError if there is no such schema and this login may not create it."""
+    remedies = (
+        "SELECT format('GRANT CREATE ON DATABASE %I TO %I', current_database(), current_user), "
+        "format('CREATE SCHEMA %I AUTHORIZATION %I', CAST(:schema AS text), current_user) "
+        "WHERE to_regnamespace(quote_ident(:schema)) IS NULL "
+        "AND NOT has_database_privilege(current_database(), 'CREATE')"
+    )
+    for grant, create in connection.execute(text(remedies), {"schema": schema}):
+        raise MissingPrivilegeError(
+            f"there is no schema {schema!r}, and this login may not create it.  Give the URL of the role that shall "
+            f"own it, or let the database's owner run `{grant}`, or a superuser `{create}`"
+        )
 
 
 def schema_status(bind: Engine, schema: str | None = None) -> SchemaStatus:
@@ -171,8 +188,8 @@ def ensure_schema(engine: Engine, schema: str) -> None:
                 schema,
             )
             return
-    except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) != "42501":
+    except (ProgrammingError, MissingPrivilegeError) as error:
+        if isinstance(error, ProgrammingError) and getattr(error.orig, "sqlstate", None) != "42501":
             raise
         raise MissingPrivilegeError(
             f"this login may not create or use the tables in schema {schema!r}.  Let their owner run "

@@ -801,6 +801,49 @@ def test_the_printed_sql_leaves_a_newer_version_alone_as_psql_runs_it_by_default
     assert contents(tenant_database) == before
 
 
+Superuser = Callable[[str], None]
+
+
+@pytest.fixture
+def superuser(tenant_database: TenantDatabase, postgres_url: str) -> Superuser:
+    """Runs SQL as a superuser, who owns the database; the tables' owner may not create schemas there."""
+    engine = create_engine(
+        database_url(postgres_url).set(database=tenant_database.owner.url.database), poolclass=NullPool
+    )
+
+    def run(sql: str) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(sql)
+
+    run(f"ALTER DATABASE {quote_identifier(tenant_database.owner.url.database)} OWNER TO CURRENT_USER")
+    return run
+
+
+@pytest.mark.usefixtures("superuser")
+def test_the_owner_of_the_tables_upgrades_them_without_the_right_to_create_schemas(
+    tenant_database: TenantDatabase,
+) -> None:
+    printed = command("sql").output
+
+    done = command("create", url=tenant_database.owner_url)
+    by_psql = run_by_psql(tenant_database.owner_url, printed, "--set", "ON_ERROR_STOP=1")
+
+    assert (done.code, done.errors) == (0, "")
+    assert (by_psql.returncode, by_psql.stderr.count("ERROR")) == (0, 0), by_psql.stderr
+
+
+@pytest.mark.parametrize("remedy", [0, 1])
+def test_who_may_not_create_the_schema_is_told_what_helps(
+    tenant_database: TenantDatabase, superuser: Superuser, remedy: int
+) -> None:
+    refused = command("create", "--schema", "mine", url=tenant_database.owner_url)
+    superuser(re.findall("`(.+?)`", refused.errors)[remedy])
+    done = command("create", "--schema", "mine", url=tenant_database.owner_url)
+
+    assert (refused.code, refused.output, refused.errors.count("\n")) == (1, "", 1)
+    assert (done.code, done.errors) == (0, "")
+
+
 def no_such_role(database: TenantDatabase) -> list[str]:
     return ["create", "--role", "nobody_at_all", "--database-url", database.owner_url]
 
@@ -822,6 +865,10 @@ def no_right_to_create(database: TenantDatabase) -> list[str]:
     return ["create", "--schema", "mine", "--database-url", database.url]
 
 
+def not_the_owner(database: TenantDatabase) -> list[str]:
+    return ["create", "--database-url", database.url]
+
+
 def no_database_url(_: TenantDatabase) -> list[str]:
     return ["create"]
 
@@ -837,7 +884,8 @@ def not_postgresql(_: TenantDatabase) -> list[str]:
         (no_such_database, 1, 'database "nowhere_at_all" does not exist'),
         (no_server, 1, "cannot connect to postgresql+psycopg://me:***@127.0.0.1:9/nowhere"),
         (no_schema_of_that_name, 1, "schema 'Not A Name' is not a lower-case SQL name"),
-        (no_right_to_create, 1, "Give the URL of the tables' owner, as --database-url"),
+        (no_right_to_create, 1, "there is no schema 'mine', and this login may not create it"),
+        (not_the_owner, 1, "Give the URL of the tables' owner, as --database-url"),
         (no_database_url, 2, "--database-url"),
         (not_postgresql, 1, "a database URL looks like postgresql://"),
     ],

@@ -3,7 +3,12 @@
 -- Rather fail than make everybody wait behind us for somebody who holds a table.
 SET LOCAL lock_timeout = '5s';
 
-CREATE SCHEMA IF NOT EXISTS @schema@;
+-- Also IF NOT EXISTS asks for the right to create a schema, which the owner of one that is there need not have.
+DO $$ BEGIN
+    IF to_regnamespace('@schema@') IS NULL THEN
+        CREATE SCHEMA IF NOT EXISTS @schema@;
+    END IF;
+END $$;
 
 CREATE TABLE IF NOT EXISTS @schema@.schema_version (
     version     integer NOT NULL,

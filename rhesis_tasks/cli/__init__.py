@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TextIO
 
@@ -90,11 +90,31 @@ def _let_successors_print_anything() -> None:
     os.environ[_ENCODING] = f"{encoding}:{errors or 'backslashreplace'}"
 
 
+def _refuse_what_is_no_text(arguments: Sequence[str]) -> None:
+    """Raise UsageError at bytes that Python could not decode: no database, JSON or output takes them as a text."""
+    before = ""
+    for argument in arguments:
+        if not _is_text(argument):
+            option, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+            option = option if option.startswith("-") and _is_text(option) else "an argument"
+            raise click.UsageError(f"{option} is not text in this locale's encoding: {value!r:.80}")
+        before = argument
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def main() -> None:
     """The entry point: errors of ours are a message and an exit code, not a traceback."""
     _let_successors_print_anything()
     with _until_nobody_reads():
         try:
+            _refuse_what_is_no_text(sys.argv[1:])
             commands(standalone_mode=False)
         except click.ClickException as error:
             error.show()

@@ -1,4 +1,4 @@
-"""What ``rhesis-tasks`` does when nobody reads what it prints."""
+"""What ``rhesis-tasks`` does when nobody reads what it prints, and with arguments that are no text."""
 
 from __future__ import annotations
 
@@ -89,3 +89,33 @@ def test_a_lost_connection_is_said_to_be_lost(
 
     assert ended.value.code == 1
     assert capsys.readouterr().err == "Error: a connection was lost: [Errno 32] of a connection\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((b"tasks", b"list", b"-A", b"shop", b"--organization", b"\xd6sterreich"), "--organization"),
+        ((b"tasks", b"purge", b"-A", b"shop", b"--organization=\xd6sterreich"), "--organization"),
+        ((b"worker", b"-A", b"\xd6sterreich"), "-A"),
+        ((b"schema", b"sql", b"--role", b"\xd6sterreich"), "--role"),
+        ((b"tasks", b"show", b"\xd6sterreich"), "an argument"),
+        ((b"\xd6sterreich",), "an argument"),
+        ((b"--\xd6sterreich=1",), "an argument"),
+    ],
+)
+def test_an_argument_that_is_no_text_is_refused_in_a_line(
+    arguments: tuple[bytes, ...], named: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: {named} is not text in this locale's encoding: ")
+    assert done.stderr.count("\n") == 1

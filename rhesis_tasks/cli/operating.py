@@ -7,8 +7,8 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -22,6 +22,8 @@ C = TypeVar("C", bound=Callable[..., Any])
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _OLDEST: Final = 36_500 * 86400
 """Seconds; PostgreSQL has no time much longer ago."""
+_INTERRUPTED: Final = 130
+"""The exit code, that of a shell's for SIGINT."""
 
 
 def _age(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -77,8 +79,20 @@ def filters(command: C) -> C:
 
 
 def operating(command: C) -> C:
-    """Options of what changes something."""
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPERATING), command)
+    """Options of what changes something, and what it says when it is interrupted."""
+
+    @functools.wraps(command)
+    def interruptible(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt:
+            if not options["yes"]:
+                raise
+            look = shlex.join(["rhesis-tasks", "tasks", "audit", "-A", options["app"]])
+            click.echo(f"interrupted: {look} prints what was done until then; it can be run again", err=True)
+            sys.exit(_INTERRUPTED)
+
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPERATING), cast(C, interruptible))
 
 
 def message_filter(
@@ -133,7 +147,19 @@ def _bounded(done: Operation) -> str | None:
     if is_bounded or done.action == "offboard" or not {"waiting", "delayed", "running"} & {*(which.states or ())}:
         return None
     time = bound.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")
-    return shlex.join(["rhesis-tasks", *sys.argv[1:], "--yes", "--published-before", time])
+    return shlex.join(
+        ["rhesis-tasks", *_without("--published-before", sys.argv[1:]), "--yes", "--published-before", time]
+    )
+
+
+def _without(option: str, arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments but for an option and its value."""
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == option:
+            next(remaining, None)
+        elif not argument.startswith(f"{option}="):
+            yield argument
 
 
 def _summary(done: Operation) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from rhesis_tasks.cli.tasks import tasks as tasks_group
 from rhesis_tasks.cli.tenants import tenants as tenants_group
 from rhesis_tasks.errors import DeadLetterError
 from rhesis_tasks.operations import MessageFilter, MessageState
-from rhesis_tasks.processes import python, wait_until
+from rhesis_tasks.processes import child, python, wait_until
 from rhesis_tasks.states import State
 from rhesis_tasks.testing import TenantDatabase, running_worker
 
@@ -322,6 +322,35 @@ def test_the_command_that_is_printed_leaves_alone_what_was_published_since(
     assert dry.lines[-2].startswith("Nothing was changed.")
     assert scene.messages()[later] is MessageState.WAITING
     assert {scene.waiting, scene.delayed} & set(scene.messages()) == set()
+
+
+@pytest.mark.parametrize("given", [("--published-before", "{}"), ("--published-before={}",)])
+def test_the_command_that_is_printed_has_one_time(scene: Scene, command: Command, given: tuple[str, ...]) -> None:
+    tomorrow = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)).isoformat()
+    dry = command("purge", "--organization", scene.organization, *(each.format(tomorrow) for each in given))
+
+    assert dry.lines[-1].count("--published-before") == 1
+    assert tomorrow not in dry.lines[-1]
+
+
+def test_a_change_that_is_interrupted_says_where_to_look(scene: Scene) -> None:
+    purge = ("tasks", "purge", "-A", "operation_tasks", "--organization", scene.organization, "--yes")
+    owner, environ = scene.database.owner, {"DATABASE_URL": scene.database.url}
+    waiting = text(
+        "SELECT count(*) FROM pg_locks WHERE relation = 'rhesis_tasks.audit_record'::regclass AND NOT granted"
+    )
+
+    with owner.begin() as holder, child("purge", python("-c", MAIN, *purge), env=environ, cwd=HERE) as interrupted:
+        holder.execute(text("LOCK TABLE rhesis_tasks.audit_record"))
+        wait_until("the purge to write its record", lambda: holder.scalar(waiting) == 1)
+        interrupted.process.send_signal(signal.SIGINT)
+        code = interrupted.process.wait(TIMEOUT)
+
+    assert code == 130
+    assert interrupted.finished_output() == (
+        "interrupted: rhesis-tasks tasks audit -A operation_tasks prints what was done until then; "
+        "it can be run again\n"
+    )
 
 
 def test_where_no_time_would_change_anything_none_is_printed(scene: Scene, command: Command) -> None:

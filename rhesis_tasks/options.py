@@ -112,13 +112,16 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+_LONGEST: Final = 1_000_000  # seconds, eleven days
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds < 1_000_000:
-        raise ValueError("a number of seconds above 0")
+    if not 0 < seconds < _LONGEST:
+        raise ValueError(f"a number of seconds above 0 and below {_LONGEST}")
     return seconds
 
 

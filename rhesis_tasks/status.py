@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .postgres.records import TaskRecord
 
-__all__ = ["Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", "stop_tasks", "task_tree"]
+__all__ = ["STOP", "Cancellation", "TaskNode", "cancel_task", "get_task", "list_tasks", "stop_tasks", "task_tree"]
 
 STOP: Final = "rhesis_tasks_stop"
 """The remote control command by which workers are told to stop tasks.  Celery's ``revoke`` knows ids alone."""

@@ -24,7 +24,7 @@ from rhesis_tasks import launch_with_context, status, tenant_scope
 from rhesis_tasks.headers import Progress
 from rhesis_tasks.processes import free_port, wait_until
 from rhesis_tasks.states import TERMINAL, WAITING, State
-from rhesis_tasks.status import get_task, list_tasks, task_tree
+from rhesis_tasks.status import STOP, get_task, list_tasks, task_tree
 from rhesis_tasks.testing import StartWorker, TenantDatabase, new_tenant_database
 
 if TYPE_CHECKING:
@@ -512,9 +512,9 @@ def test_the_first_who_cancels_is_remembered(app: Celery, ann: TestClient) -> No
 
 @pytest.fixture
 def told(app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What workers are told to end."""
+    """What workers are told to do."""
     told: list[Any] = []
-    monkeypatch.setattr(app.control, "revoke", lambda task_id, **options: told.append((task_id, options)))
+    monkeypatch.setattr(app.control, "broadcast", lambda command, arguments, **_: told.append((command, arguments)))
     return told
 
 
@@ -544,7 +544,7 @@ def test_terminating_tells_the_worker_of_ones_own_running_task(app: Celery, told
         for task_id in [*(f"is-{state}" for state in State), "foreign", UNKNOWN]
     }
 
-    assert told == [("is-started", {"terminate": True})]
+    assert told == [(STOP, {"tasks": [[ANN.organization_id, "is-started"]], "terminate": True})]
     assert outcomes == {
         **{f"is-{state}": "cancelled" for state in WAITING},
         "is-started": "terminated",

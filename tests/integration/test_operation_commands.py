@@ -340,7 +340,9 @@ def test_a_change_that_is_interrupted_says_where_to_look(scene: Scene) -> None:
         "SELECT count(*) FROM pg_locks WHERE relation = 'rhesis_tasks.audit_record'::regclass AND NOT granted"
     )
 
-    with owner.begin() as holder, child("purge", python("-c", MAIN, *purge), env=environ, cwd=HERE) as interrupted:
+    # A shell has what it runs in the background ignore it.
+    main = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
+    with owner.begin() as holder, child("purge", python("-c", main, *purge), env=environ, cwd=HERE) as interrupted:
         holder.execute(text("LOCK TABLE rhesis_tasks.audit_record"))
         wait_until("the purge to write its record", lambda: holder.scalar(waiting) == 1)
         interrupted.process.send_signal(signal.SIGINT)

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from sqlalchemy import URL, Connection, create_engine
 from sqlalchemy.pool import NullPool
 
+from rhesis_tasks import configure
 from rhesis_tasks.processes import child, python
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import StartWorker, TenantDatabase
@@ -65,11 +67,12 @@ def test_the_quick_start_has_no_more_than_twenty_lines_of_code() -> None:
 
 def test_the_route_of_the_readme_is_a_route() -> None:
     compile(API, "README.md", "exec")
-    names: dict[str, object] = {"__name__": "readme"}
+    app = Celery("shop", set_as_current=False)
+    configure(app, "postgresql://nobody@nowhere/shop")  # nothing is asked of it
+    names: dict[str, object] = {"__name__": "readme", "app": app}
     exec(  # noqa: S102 - the README's own code
         "class User:\n    id = 'ann'\n    organization_id = 'acme'\n"
         "def get_current_user() -> User: return User()\n"
-        "class app:\n    backend = None\n"
         "count_orders = None\n" + API,
         names,
     )

@@ -418,6 +418,11 @@ class Consumer:
                 found = self._claim_for(group, slots, takes if number == 0 else [])
                 full = full or 0 < slots <= found
         self._schedule(taken_from, claimed_from, full)
+        asked = {each.group for group, _ in groups for each in group}
+        if any(slots > 0 and group not in asked for group, slots in self._room().items()):
+            # What was acknowledged with this claim has made room that was not there when it began, and nothing else
+            # would have us look.
+            self.look_now()
 
     def _claim_for(self, group: list[Subscription], slots: int, takes: list[Subscription]) -> int:
         """Acknowledge and claim for subscriptions that share a limit; returns how many were claimed."""

@@ -28,6 +28,7 @@ from kombu.simple import SimpleQueue
 from sqlalchemy import text
 
 import rhesis_tasks  # noqa: F401  # teaches kombu the URLs
+from rhesis_tasks.postgres.consumer import Consumer as TransportConsumer
 from rhesis_tasks.processes import child, python, wait_until
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.testing import TenantDatabase, new_tenant_database
@@ -615,6 +616,27 @@ def test_an_acknowledgement_reaches_the_server_by_itself_and_makes_room_at_once(
 
     until_stored(tenant_database, ["waiting"])
     inbox.wait_for(2, timeout=2)
+
+
+def test_what_is_acknowledged_in_the_middle_of_a_look_makes_room_at_once(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the consumer has seen that there is no room, and before it has sent the acknowledgement."""
+    connection = connect(poll_interval=60)
+    publish(connection, "one", "two")
+    inbox = Inbox(connection, LETTERS, prefetch_count=1)
+    assert inbox.stays_at(1)
+    in_hand, taken_acks = inbox.messages[:], TransportConsumer._taken_acks
+
+    def acknowledge_and_take(self: TransportConsumer) -> Any:
+        if in_hand:
+            in_hand.pop().ack()
+        return taken_acks(self)
+
+    monkeypatch.setattr(TransportConsumer, "_taken_acks", acknowledge_and_take)
+    connection.transport.consumer.look_now()
+
+    inbox.wait_for(2, timeout=10)
 
 
 def test_a_larger_prefetch_count_counts_at_once(connection: Connection) -> None:

@@ -482,11 +482,8 @@ def as_launched(request: Context) -> Iterator[None]:
     if state is None:  # called as a function
         yield
         return
-    activation = Activation(state.envelope.tenant, state.envelope.variables)
-    try:
+    with Activation(state.envelope.tenant, state.envelope.variables):
         yield
-    finally:
-        activation.undo()
 
 
 @contextmanager

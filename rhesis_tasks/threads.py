@@ -52,15 +52,12 @@ def wrap(function: Callable[P, R], /) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        activation = Activation(tenant, variables, are_loaded=True)
-        try:
+        with Activation(tenant, variables, are_loaded=True):
             with as_task():
                 returned = function(*args, **kwargs)
             if inspect.isgenerator(returned) or inspect.iscoroutine(returned) or inspect.isasyncgen(returned):
                 raise TaskDefinitionError(f"wrap() takes a plain function; {function!r} returned what runs later")
             return returned
-        finally:
-            activation.undo()
 
     return run
 

@@ -188,7 +188,7 @@ def registered_vars() -> Mapping[str, RegisteredVar]:
 
 
 class Activation:
-    """Everything that travels, set in the running context until :meth:`undo`.
+    """Everything that travels, set in the running context until :meth:`undo`, or for a ``with`` block.
 
     Kept with the request it belongs to, never keyed by task id: a retry reuses the id and may start before
     the first run has ended.
@@ -227,6 +227,12 @@ class Activation:
         except BaseException:
             self.undo()
             raise
+
+    def __enter__(self) -> None:
+        pass  # it is set since it was made
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
 
     def renew(self) -> None:
         """Set everything as at the start, whatever the body has left.

@@ -759,11 +759,8 @@ def _as_bound(signature: Mapping[str, Any]) -> Iterator[None]:
         yield
         return
     envelope = decode(own)
-    activation = Activation(envelope.tenant, envelope.variables)
-    try:
+    with Activation(envelope.tenant, envelope.variables):
         yield
-    finally:
-        activation.undo()
 
 
 def _revoked_by_operator(row: Mapping[str, Any]) -> dict[str, Any] | None:

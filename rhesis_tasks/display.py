@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from sqlalchemy.exc import OperationalError
 
+from .errors import DatabaseUnavailableError
 from .states import TERMINAL, State
 from .status import TaskNode, get_task
 
@@ -90,12 +92,18 @@ def progress_text(done: int, total: int | None, message: str | None) -> str:
 def follow_task(app: Celery, task_id: str) -> TaskRecord | None:
     """Show the progress of one of the active tenant's tasks until it ends: a bar on a terminal, else a line per change.
 
+    If the database cannot be reached meanwhile, it says so once, on standard error, and goes on when it is back.
+
     Returns:
         The record at the end; None if there is no such task.
+
+    Raises:
+        DatabaseUnavailableError: the database could not be reached from the start.
     """
     record = get_task(app, task_id)
     shown: object = None
     bar: Any = None
+    is_away = False
     while record is not None and record.state not in TERMINAL:
         if sys.stdout.isatty():
             bar = _bar(bar, record)
@@ -103,7 +111,12 @@ def follow_task(app: Celery, task_id: str) -> TaskRecord | None:
             shown = now
             click.echo(line(record))
         time.sleep(LOOK_EVERY)
-        record = get_task(app, task_id)
+        try:
+            record, is_away = get_task(app, task_id), False
+        except (DatabaseUnavailableError, OperationalError) as error:
+            if not is_away:
+                click.echo(f"{str(error).splitlines()[0]}  Looking again until it answers ...", err=True)
+            is_away = True
     if bar is not None:
         if record is not None and record.state is State.SUCCESS:
             bar.update(max(0, bar.length - bar.pos))

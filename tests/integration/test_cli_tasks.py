@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 from applications import application
 from celery import chain
 from commands import Ran, ran
+from sqlalchemy import make_url, text
 
 from rhesis_tasks import TenantContext, launch_with_context, tenant_scope
-from rhesis_tasks.processes import Child, python, wait_until
+from rhesis_tasks.processes import Child, child, python, wait_until
+from rhesis_tasks.settings import quote_identifier
+from rhesis_tasks.status import cancel_task
 from rhesis_tasks.testing import TenantDatabase, running_worker
 
 HERE = Path(__file__).parent
@@ -141,3 +145,35 @@ def test_a_database_that_is_not_there_is_named_in_a_line() -> None:
     assert done.returncode == 1
     assert "cannot connect to postgresql" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_task_is_followed_through_an_outage_of_the_database(
+    tasks: Any, tasks_and_database: tuple[Any, TenantDatabase]
+) -> None:
+    database = tasks_and_database[1]
+    name = quote_identifier(make_url(database.url).database)
+    with tenant_scope(A):
+        result = tasks.add.apply_async((1, 2), countdown=3600)
+    follow = python("-c", MAIN, "tasks", "follow", result.id, "-A", "cli_tasks")
+
+    with (
+        child("follow", follow, env={"DATABASE_URL": database.url}, cwd=HERE) as following,
+        database.admin.execution_options(isolation_level="AUTOCOMMIT").connect() as admin,
+    ):
+        following.wait_for("delayed", TIMEOUT)
+        admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        try:
+            admin.execute(
+                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"),
+                {"name": make_url(database.url).database},
+            )
+            following.wait_for("Looking again until it answers", TIMEOUT)
+        finally:
+            admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        with tenant_scope(A):
+            cancel_task(tasks.app, result.id)
+        code = following.process.wait(TIMEOUT)
+
+    assert code == 1
+    assert following.finished_output().count("Looking again") == 1
+    assert re.search(r"^state: +revoked", following.output, re.MULTILINE)

@@ -19,7 +19,7 @@ from kombu.utils.functional import maybe_list
 from typing_extensions import override
 
 from .context import TenantContext, exactly
-from .errors import DatabaseUnavailableError, DeadLetterError, MissingTenantError
+from .errors import DatabaseUnavailableError, DeadLetterError, MissingTenantError, RhesisTasksError
 from .headers import decode, find
 from .hooks import has_async_hooks
 from .outcomes import log_unknown
@@ -46,6 +46,7 @@ class Guard(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         logging.getLogger("celery.worker.consumer.consumer").addFilter(_names_no_arguments)
         logging.getLogger("celery.worker.control").addFilter(_is_no_missing_tenant)
+        logging.getLogger("celery.worker").addFilter(_says_what_helps_alone)
         create_handler = parent.create_task_handler
         parent.create_task_handler = lambda: self._guarded(parent, create_handler())
 
@@ -176,6 +177,14 @@ def _is_no_missing_tenant(record: logging.LogRecord) -> bool:
         and isinstance(record.args, tuple)
         and isinstance(record.args[-1], MissingTenantError)
     )
+
+
+def _says_what_helps_alone(record: logging.LogRecord) -> bool:
+    """An error of ours that ends a worker is somebody's to mend: below a traceback of Celery's nobody reads how."""
+    error = record.exc_info[1] if record.exc_info else None
+    if str(record.msg).startswith("Unrecoverable error") and isinstance(error, RhesisTasksError):
+        record.msg, record.args, record.exc_info = "Unrecoverable error: %s: %s", (type(error).__name__, error), None
+    return True
 
 
 def refuse_async_tasks(app: Celery, pool: str) -> None:

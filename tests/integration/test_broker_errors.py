@@ -405,6 +405,7 @@ def test_a_worker_that_retrying_would_not_help_stops_and_says_why(trouble: tuple
     assert_says(said, expected.says)
     assert_no_password(said, url)
     assert "CREATE TABLE" not in said, "what it says is lost in the text of a script"
+    assert "Traceback" not in said
 
 
 def assert_says(output: str, pattern: str) -> None:

@@ -96,6 +96,11 @@ class Reporter:
         if self._is_due():
             await asyncio.to_thread(self._exchange)
 
+    def write(self) -> None:
+        """Record what is not recorded yet: once another attempt has begun, how this one ends does not count."""
+        if self._state.progress != self._recorded:
+            self._exchange(patience=INTERVAL)
+
     def _is_due(self) -> bool:
         now = time.monotonic()
         if now < self._due or self._asking.locked():
@@ -103,8 +108,8 @@ class Reporter:
         self._due = now + INTERVAL
         return True
 
-    def _exchange(self) -> None:
-        if not self._asking.acquire(blocking=False):
+    def _exchange(self, patience: float = 0) -> None:
+        if not self._asking.acquire(timeout=patience):
             return
         began = time.monotonic()
         progress = self._state.progress  # the latest, since a thread may come to this late

@@ -621,7 +621,7 @@ class BaseTask(ContextTask):
                 raise
             # The policy has counted; Celery is only to agree.
             limit = self.request.retries + 1
-            raise super().retry(exc=error, countdown=decision.countdown, max_retries=limit) from error
+            raise self._try_again(state, exc=error, countdown=decision.countdown, max_retries=limit) from error
 
     def _refuse_without(self, tenant: TenantContext | None) -> None:
         if tenant is None and self.tenant_required and not self.system:
@@ -672,7 +672,13 @@ class BaseTask(ContextTask):
             max_retries = 0
             if exc is None:  # Celery's own message would show the arguments
                 raise self.MaxRetriesExceededError(f"Can't retry {self.name}[{request.id}]: {state.reason}")
-        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+        return self._try_again(state, args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+
+    def _try_again(self, state: RequestState, *arguments: Any, **options: Any) -> Any:
+        """As Celery's :meth:`retry`; what the attempt has reported is written before another one can be."""
+        if state.reporter is not None:
+            state.reporter.write()
+        return super().retry(*arguments, **options)
 
     @classmethod
     @override

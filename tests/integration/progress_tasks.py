@@ -80,6 +80,35 @@ def report_in_first_attempt(self: BaseTask, reports: list[Report]) -> None:
         raise ConnectionError
 
 
+def record_no_retry(task: BaseTask) -> None:
+    """As if the next attempt had begun sooner than the end of this one is recorded, which does not count then."""
+    backend: Any = task.app.backend
+
+    def store_result(task_id: str, result: object, state: str, *_: object, **__: object) -> None:
+        assert state == "RETRY"
+        del backend.store_result
+
+    backend.store_result = store_result
+
+
+@app.task(base=BaseTask, bind=True, retry_policy=AT_ONCE)
+def report_before_a_quick_attempt(self: BaseTask, reports: list[Report]) -> None:
+    if not self.request.retries:
+        for each in reports:
+            self.report_progress(*each)
+        record_no_retry(self)
+        raise ConnectionError
+
+
+@app.task(base=BaseTask, bind=True, max_retries=1, default_retry_delay=0)
+async def report_before_a_quick_attempt_async(self: BaseTask, reports: list[Report]) -> None:
+    if not self.request.retries:
+        for each in reports:
+            self.report_progress(*each)
+        record_no_retry(self)
+        self.retry()
+
+
 @app.task(base=BaseTask, bind=True)
 def report_strange(self: BaseTask, is_last: bool) -> None:
     """A message that no text column holds, written while the task runs or with its end."""

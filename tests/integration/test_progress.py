@@ -167,6 +167,13 @@ def test_the_last_report_of_a_failed_attempt_stays_until_the_next_attempt_report
     assert (record.state, record.retries, progress_of(record)) == (State.SUCCESS, 1, (7, None, "seven"))
 
 
+@sync_and_async("report_before_a_quick_attempt")
+def test_the_last_report_of_a_failed_attempt_stays_however_soon_the_next_one_begins(rig: Rig, name: str) -> None:
+    record = rig.run(name, [[1, 10, "one"], [7, None, "seven"]])
+
+    assert (record.state, record.retries, progress_of(record)) == (State.SUCCESS, 1, (7, None, "seven"))
+
+
 def test_a_task_that_reports_nothing_has_no_progress(rig: Rig) -> None:
     assert progress_of(rig.run("ask_once")) == (None, None, None)
 

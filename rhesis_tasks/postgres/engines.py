@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from ..errors import ConfigurationError, DatabaseUnavailableError
@@ -31,6 +32,7 @@ __all__ = [
     "new_engine",
     "run",
     "shared_engine",
+    "transaction_engine",
     "unavailable",
 ]
 
@@ -91,6 +93,19 @@ def shared_engine(url: str) -> Engine:
 
     Each statement is committed by itself.  Its user tries again what was sent over a lost connection.
     """
+    return _own_engine(url)
+
+
+@functools.cache
+def transaction_engine(url: str) -> Engine:
+    """The same for transactions, in which whoever holds one has further statements run on the shared engine.
+
+    It has a connection for each: whoever waited for one while he holds another could wait for ever.
+    """
+    return _own_engine(url, max_overflow=-1)
+
+
+def _own_engine(url: str, **options: Any) -> Engine:
     # A server that accepts and then says nothing would keep a launch waiting for ever.
     timeout = {} if "connect_timeout" in database_url(url).query else {"connect_timeout": CONNECT_TIMEOUT}
     engine = new_engine(
@@ -99,6 +114,8 @@ def shared_engine(url: str) -> Engine:
         isolation_level="AUTOCOMMIT",
         pool_pre_ping=False,
         pool_reset_on_return=None,  # nothing is left open: what failed in the middle is not given back
+        pool_timeout=ANSWER_TIMEOUT,
+        **options,
     )
     event.listen(engine, "connect", _prepare_nothing_behind_a_pooler)
     return engine
@@ -131,7 +148,7 @@ def run(
 
     try:
         pooled = engine.raw_connection()
-    except Error as error:
+    except (Error, PoolTimeoutError) as error:
         raise unavailable(engine, error) from None
     connection: Any = pooled.driver_connection
     try:
@@ -160,8 +177,11 @@ def run(
 
 
 def unavailable(engine: Engine, error: BaseException) -> DatabaseUnavailableError:
-    """What to raise where an engine cannot connect."""
-    return DatabaseUnavailableError(f"cannot connect to {redacted(engine.url)}: {error}", url=redacted(engine.url))
+    """What to raise where an engine cannot connect, or its connections are lent and do not come back."""
+    url = redacted(engine.url)
+    if isinstance(error, PoolTimeoutError):
+        return DatabaseUnavailableError(f"no connection to {url} has become free within {ANSWER_TIMEOUT:g} s", url=url)
+    return DatabaseUnavailableError(f"cannot connect to {url}: {error}", url=url)
 
 
 def _prepare_nothing_behind_a_pooler(made: Any, _: object) -> None:

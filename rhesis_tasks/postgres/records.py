@@ -18,12 +18,13 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ..errors import DatabaseUnavailableError, MissingPrivilegeError
 from ..settings import quote_identifier, redacted
 from ..states import UNFINISHED, WAITING, State, Transition, delay, launch, revoke
 from .connection import read_only
-from .engines import READ_ONLY, run, shared_engine, unavailable
+from .engines import READ_ONLY, run, shared_engine, transaction_engine, unavailable
 from .schema import ensure_schema
 
 __all__ = ["ChordPart", "Filter", "RecordTable", "StateChange", "TaskRecord", "is_lost", "launch_values"]
@@ -372,7 +373,8 @@ class RecordTable:
 
         If the block fails or the process ends in it, it is rolled back.
         """
-        engine = self._engine()
+        self._engine()  # which sees that its tables are there
+        engine = transaction_engine(self.url)
         with _explaining(engine), _connected(engine) as connection:
             connection.exec_driver_sql("BEGIN")
             try:
@@ -434,8 +436,8 @@ def is_lost(error: BaseException) -> bool:
 def _connected(engine: Engine) -> Connection:
     try:
         return engine.connect()
-    except OperationalError as error:
-        raise unavailable(engine, error.orig or error) from None
+    except (OperationalError, PoolTimeoutError) as error:
+        raise unavailable(engine, getattr(error, "orig", None) or error) from None
 
 
 @functools.lru_cache

@@ -582,8 +582,8 @@ class PostgresBackend(DatabaseBackend):
             return
         try:
             body.delay(results)
-        except OperationalError:
-            raise  # the broker's, which is waited for
+        except (OperationalError, DatabaseUnavailableError):
+            raise  # broker and database are waited for
         except Exception as error:
             _log.exception("chord %s: its body cannot be launched", group_id)
             self._fail_chord(body, ChordError(f"Callback error: {error!r}"))

@@ -523,6 +523,29 @@ def test_the_last_parts_may_end_at_the_same_moment(app: Celery, published: list[
     assert published == ["total"] * repetitions
 
 
+def test_more_chords_may_end_at_the_same_moment_than_there_are_connections_for_statements(
+    app: Celery, published: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pool: Any = shared_engine(app.backend.url).pool
+    number = pool.size() + pool._max_overflow + 5
+    ended = [*[("SUCCESS", 1)] * number, *[("FAILURE", ValueError("broken"))] * number]
+    parts = [part for _ in ended for part in begun(app, 1)]
+    together = threading.Barrier(len(parts), timeout=TIMEOUT)
+
+    def end(part: Context, state: str, result: object) -> None:
+        together.wait()
+        app.backend.on_chord_part_return(part, state, result)
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        list(threads.map(end, parts, *zip(*ended, strict=True), timeout=TIMEOUT))
+
+    assert "is said once the server is back" not in caplog.text
+    assert published == ["total"] * number
+    with tenant_scope(A):
+        states = [app.backend.get_record(part.chord["options"]["task_id"]).state for part in parts]
+    assert states == ["queued"] * number + ["failure"] * number
+
+
 def test_a_part_that_is_delivered_twice_is_counted_once(app: Celery, published: list[str]) -> None:
     first, second = begun(app, 2)
     for _ in range(3):

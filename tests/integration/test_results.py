@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from rhesis_tasks.headers import HEADER, Envelope, capture, encode
 from rhesis_tasks.postgres.engines import run, shared_engine
 from rhesis_tasks.postgres.results import PostgresBackend, TaskRecord
 from rhesis_tasks.postgres.schema import RECORDS_SETTING, create_schema
-from rhesis_tasks.processes import free_port
+from rhesis_tasks.processes import free_port, wait_until
 from rhesis_tasks.settings import database_url
 from rhesis_tasks.states import UNFINISHED, State, to_celery
 from rhesis_tasks.testing import TenantDatabase
@@ -745,6 +745,28 @@ def test_an_error_of_the_database_is_sqlalchemys_and_costs_no_connection(backend
 
     assert (error.value.params, error.value.connection_invalidated) == ((1,), False)
     assert run(engine, "SELECT pg_backend_pid()", ()) == [(before,)]
+
+
+def test_an_outcome_waits_for_a_connection_as_it_does_for_the_server(
+    app: Celery, backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in an outage, in which those who were the first have them all."""
+    request = Context(id="one", task="work", **{HEADER: encode(Envelope(ACME))})
+    backend.records.channel()
+    pool: Any = shared_engine(backend.url).pool
+    monkeypatch.setattr(pool, "_timeout", 0.1)
+    with ThreadPoolExecutor(1) as thread:
+        with ExitStack() as lent:
+            for _ in range(pool.size() + pool._max_overflow):
+                lent.enter_context(shared_engine(backend.url).connect())
+            with pytest.raises(DatabaseUnavailableError, match=r"no connection to .* has become free"):
+                backend.records.channel()
+            stored = thread.submit(backend.mark_as_done, "one", 42, request)
+            wait_until("a try", lambda: "is said once the server is back" in caplog.text, 30)
+        stored.result(30)
+
+    with tenant_scope(ACME):
+        assert backend.get_record("one").state == "success"
 
 
 def fill(app: Celery) -> None:

@@ -299,9 +299,13 @@ class RecordTable:
         """Delete a group's row."""
         self._scalar("group_forget", (organization_id, group_id))
 
-    def size_chord(self, organization_id: str, group_id: str, size: int | None, added: int = 0) -> None:
-        """Say how many parts a chord has, or how many its parts have added."""
-        self._scalar("chord_size", (organization_id, group_id, size, added))
+    def size_chord(self, organization_id: str, group_id: str, size: int | None) -> None:
+        """Say how many parts a chord has, besides those that its parts add."""
+        self._scalar("chord_size", (organization_id, group_id, size, 0))
+
+    def add_chord_part(self, organization_id: str, group_id: str, task_id: str) -> None:
+        """Say that a part of a chord adds another one."""
+        self._scalar("chord_add", (organization_id, group_id, task_id))
 
     def end_chord_part(self, part: EndedPart) -> bool:
         """Store what a part has returned; whether all have."""

@@ -539,11 +539,11 @@ class PostgresBackend(DatabaseBackend):
         owner = self._chord_owners.pop(group_id, current_tenant())
         self.records.size_chord(_organization(owner), group_id, chord_size)
 
-    def add_to_chord(self, chord_id: str, result: Any) -> None:  # noqa: ARG002 - Celery's signature
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Called by a part that adds another one, before that is published."""
         part: Any = get_current_task()
         owner = _owner_of_chord(maybe_signature(part.request.chord, app=self.app)) if part else current_tenant()
-        self.records.size_chord(_organization(owner), chord_id, None, added=1)
+        self.records.add_chord_part(_organization(owner), chord_id, result.id)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
         """Called when a part has ended; the last one launches the body, once the broker is there."""

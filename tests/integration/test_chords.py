@@ -624,6 +624,21 @@ def test_parts_are_not_complete_while_it_is_not_known_how_many_there_are(app: Ce
     assert (before, published) == ([], ["total"])
 
 
+def test_a_part_that_is_added_twice_since_no_answer_came_is_counted_once(app: Celery, published: list[str]) -> None:
+    parts = begun(app, 2)
+    added = Context(id=uuid(), task="part", group=parts[0].group, chord=parts[0].chord)
+    with tenant_scope(A):
+        for _ in range(2):
+            app.backend.add_to_chord(added.group, app.AsyncResult(added.id))
+    for part in parts:
+        app.backend.on_chord_part_return(part, "SUCCESS", 1)
+    before = list(published)
+
+    app.backend.on_chord_part_return(added, "SUCCESS", 1)
+
+    assert (before, published) == ([], ["total"])
+
+
 def chord_rows(database: TenantDatabase) -> list[int]:
     """How many chords and parts there are."""
     with database.owner.connect() as connection:

@@ -307,6 +307,23 @@ BEGIN
 END
 $$;
 
+-- A part adds another task to its chord: once, however often it says so.  The row of one that has not ended has no
+-- state.
+CREATE OR REPLACE FUNCTION @schema@.chord_add(its_organization text, its_id text, of_task text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM FROM @schema@.group_record WHERE organization_id = its_organization AND group_id = its_id FOR UPDATE;
+    INSERT INTO @schema@.chord_part (organization_id, group_id, task_id, state)
+    VALUES (its_organization, its_id, of_task, '')
+    ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        INSERT INTO @schema@.group_record AS g (organization_id, group_id, chord_added)
+        VALUES (its_organization, its_id, 1)
+        ON CONFLICT (organization_id, group_id) DO UPDATE SET chord_added = g.chord_added + 1;
+    END IF;
+END
+$$;
+
 -- A part of a chord has ended.  Returns whether all have: by their rows, under the lock of the chord's, so that of the
 -- last two one sees the other.  As the owner, since parts may be other tenants'.
 CREATE OR REPLACE FUNCTION @schema@.chord_part_ended(
@@ -321,11 +338,13 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    INSERT INTO @schema@.chord_part (organization_id, group_id, task_id, position, state, result)
+    INSERT INTO @schema@.chord_part AS p (organization_id, group_id, task_id, position, state, result)
     VALUES (its_organization, its_id, of_task, its_position, its_state, its_result)
-    ON CONFLICT DO NOTHING;
+    ON CONFLICT (organization_id, group_id, task_id) DO UPDATE SET
+        position = excluded.position, state = excluded.state, result = excluded.result
+    WHERE p.state = '';
     RETURN coalesce((SELECT count(*) FROM @schema@.chord_part
-                     WHERE organization_id = its_organization AND group_id = its_id)
+                     WHERE organization_id = its_organization AND group_id = its_id AND state <> '')
                     >= size, false);
 END
 $$;
@@ -348,7 +367,8 @@ BEGIN
             DELETE FROM @schema@.chord_part p
             WHERE p.organization_id = its_organization AND p.group_id = its_id
             RETURNING p.position, p.task_id, p.state, p.result)
-        SELECT parts.task_id, parts.state, parts.result FROM parts ORDER BY parts.position, parts.task_id;
+        SELECT parts.task_id, parts.state, parts.result FROM parts
+        WHERE parts.state <> '' ORDER BY parts.position, parts.task_id;
 END
 $$;
 

@@ -611,6 +611,22 @@ def test_cleaning_up_removes_what_expired_of_all_tenants_and_nothing_else(
     assert rows(tenant_database, GROUPS) == [(organization, "new") for organization in ORGANIZATIONS]
 
 
+@pytest.mark.parametrize(("column", "is_kept"), [("eta", True), ("last_started_at", True), ("launched_at", False)])
+def test_a_task_that_has_not_ended_is_kept_for_thirty_days_after_it_was_to_begin(
+    app: Celery, tenant_database: TenantDatabase, column: str, is_kept: bool
+) -> None:
+    with tenant_scope(ACME):
+        app.backend.record_launch("one", "work")
+    tenant_database.execute(
+        "UPDATE rhesis_tasks.task_record SET launched_at = now() - interval '40 days'",
+        f"UPDATE rhesis_tasks.task_record SET {column} = now() - interval '{20 if is_kept else 40} days'",
+    )
+
+    app.backend.cleanup()
+
+    assert rows(tenant_database) == [("acme", "one")] * is_kept
+
+
 def test_celerys_own_task_cleans_up(app: Celery, tenant_database: TenantDatabase) -> None:
     results_of_long_ago(app, tenant_database)
 

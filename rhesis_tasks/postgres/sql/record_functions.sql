@@ -228,9 +228,19 @@ BEGIN
 END
 $$;
 
+-- Whether somebody waits for a message's task besides whoever launched it: a chord, or the rest of a chain.  What cannot
+-- be looked into may have one.
+CREATE OR REPLACE FUNCTION @schema@.is_of_canvas(envelope json, body bytea) RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT envelope #>> '{headers,group}' IS NOT NULL
+        OR envelope #>> '{headers,compression}' IS NOT NULL
+        OR coalesce(envelope ->> 'content-type', '') <> 'application/json'
+        OR position('"chain": ['::bytea IN body) > 0
+        OR position('"chain":['::bytea IN body) > 0
+$$;
+
 -- Cancel a task that has not started: it ends as cancelled, and its message goes if no worker has it (the worker that
--- has it drops it).  That of a part of a group, or of a task with a rest of a chain (as JSON), stays: the worker that
--- drops it tells those who wait.  Returns whether it did.  As the owner, since nobody else reads messages; only its own
+-- has it drops it).  That of a part of a canvas stays: the worker that drops it tells those who wait.  Returns whether it did.  As the owner, since nobody else reads messages; only its own
 -- organization's.  Index: message_task_id.
 CREATE OR REPLACE FUNCTION @schema@.record_cancel(
     its_organization text, its_id text, by_user text, its_state text, its_result bytea, its_error_type text,
@@ -255,8 +265,7 @@ BEGIN
     END IF;
     DELETE FROM @schema@.message
     WHERE task_id = its_id AND tenant = its_organization AND claim_token IS NULL
-      AND envelope -> 'headers' ->> 'group' IS NULL
-      AND position('"chain": ['::bytea IN body) = 0;
+      AND NOT @schema@.is_of_canvas(envelope, body);
     IF wanted > clock_timestamp() THEN
         PERFORM pg_notify(@schema@.result_channel(), @schema@.result_key(its_organization, its_id));
     END IF;
@@ -375,7 +384,8 @@ $$;
 -- --- expiry --------------------------------------------------------------------------------------------------------
 
 -- Expiry reaches across tenants, so it is the owner's, lent to the roles that run workers; it lets nobody delete what
--- has just ended.  What never ended (its message or its worker was lost), chords included, goes thirty days later.
+-- has just ended.  What never ended (its message or its worker was lost) goes thirty days after it should have begun,
+-- or has; a chord, thirty days after its launch.
 -- Index: task_record_age, since nothing has ended before it was launched.
 CREATE OR REPLACE FUNCTION @schema@.expire_records(before timestamptz, batch integer DEFAULT 10000) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -384,7 +394,8 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
             SELECT organization_id, task_id FROM @schema@.task_record
             WHERE launched_at < least(before, now() - interval '1 minute')
               AND (finished_at < least(before, now() - interval '1 minute')
-                   OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days'))
+                   OR (finished_at IS NULL AND launched_at < least(before, now()) - interval '30 days'
+                       AND greatest(launched_at, eta, last_started_at) < least(before, now()) - interval '30 days'))
             LIMIT batch FOR UPDATE SKIP LOCKED)
         RETURNING 1),
     old_groups AS (

@@ -317,10 +317,11 @@ def test_a_purge_of_everything_has_to_be_said_and_what_is_claimed_is_not_purged(
         operations.purge(app, MessageFilter(queue="a"), operator=" ", dry_run=False)
 
 
+@pytest.mark.parametrize("packed", [{}, {"compression": "zlib"}], ids=str)
 def test_the_rest_of_a_purged_chain_is_revoked_and_a_chord_hears_of_its_part(
-    tasks: Any, app: Celery, acme: TenantContext, queue: str
+    tasks: Any, app: Celery, acme: TenantContext, queue: str, packed: dict[str, str]
 ) -> None:
-    options = {"queue": queue}
+    options = {"queue": queue, **packed}
     last = launch_with_context(chain(tasks.add.s(1, 2).set(**options), tasks.add.s(3)), context=acme)
     header = [tasks.add.s(1, 2).set(**options), tasks.add.s(3, 4).set(**options)]
     body = launch_with_context(chord(header, tasks.total.s()), context=acme)

@@ -594,7 +594,7 @@ AS_IN_VERSION_2 = (
     "INSERT INTO rhesis_tasks.task_record (organization_id, task_id, name, state, result, finished_at) VALUES "
     "('acme', 'done', 'work', 'success', '42', now()), ('acme', 'waiting', 'work', 'queued', NULL, NULL)",
     "INSERT INTO rhesis_tasks.message (queue, tenant, task_id, envelope, body) "
-    "VALUES ('celery', 'acme', 'waiting', '{\"headers\": {}}', '')",
+    "VALUES ('celery', 'acme', 'waiting', '{\"content-type\": \"application/json\", \"headers\": {}}', '')",
 )
 
 WRITE_OF_VERSION_2 = """\

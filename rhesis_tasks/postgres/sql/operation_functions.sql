@@ -81,8 +81,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
 $$;
 
 -- Delete a batch of messages that wait or are delayed, and of dead letters; what is claimed stays, and what was claimed
--- at this moment is returned as running.  Those of tasks that are parts of a group, or have a rest of a chain (as JSON),
--- are returned with their envelopes and bodies, if their canvases are to be told.  Index: the primary keys.
+-- at this moment is returned as running.  Those of parts of a canvas are returned with their envelopes and bodies, if
+-- their canvases are to be told.  Index: the primary keys.
 CREATE OR REPLACE FUNCTION @schema@.operation_remove(
     which jsonb, after_id bigint, up_to integer, tells_canvas boolean
 ) RETURNS TABLE (id bigint, state text, organization_id text, task_id text, envelope text, body bytea)
@@ -95,9 +95,8 @@ BEGIN
         DELETE FROM @schema@.message m USING chosen c
         WHERE m.id = c.id AND c.state <> 'dead' AND m.claim_token IS NULL
         RETURNING m.id, m.tenant, m.task_id,
-                  CASE WHEN tells_canvas AND (m.envelope #>> '{headers,group}' IS NOT NULL
-                                              OR position('"chain": ['::bytea IN m.body) > 0)
-                       THEN m.envelope::text END AS envelope, m.body),
+                  CASE WHEN tells_canvas AND @schema@.is_of_canvas(m.envelope, m.body) THEN m.envelope::text
+                  END AS envelope, m.body),
     buried AS (
         DELETE FROM @schema@.dead_letter d USING chosen c WHERE d.id = c.id AND c.state = 'dead'
         RETURNING d.id, d.tenant, d.task_id),

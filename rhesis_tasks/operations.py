@@ -265,11 +265,18 @@ def offboard(
             f"organization {organization_id} has {running} running {'task' if running == 1 else 'tasks'}; nothing was "
             "changed.  Wait for their end, or have them terminated: --stop, or stop=True"
         )
-    run.remove(which.of(*UNHELD, MessageState.DEAD), "its organization was removed")
-    if running:
+    until = time.monotonic() + timeout
+    while True:
+        run.remove(which.of(*UNHELD, MessageState.DEAD), "its organization was removed")
+        if not run.table.messages(which.of(MessageState.RUNNING), 1):
+            break
+        if not stop:
+            raise ConfigurationError(
+                f"a task of organization {organization_id} has begun to run meanwhile; what waited is gone, the "
+                "records are there.  Wait for its end, or have it terminated: --stop, or stop=True"
+            )
         run.stop(which, "its organization was removed", terminates=True)
-        _wait_for_end(run, which, timeout)
-        run.remove(which.of(*UNHELD, MessageState.DEAD), "its organization was removed")  # what they launched
+        _wait_for_end(run, which, until, timeout)  # and what they have launched is removed, too
     if run.table.has_records:
         run.forget(organization_id)
     return run.end({})
@@ -299,10 +306,9 @@ def _stop(app: Celery, action: str, which: MessageFilter, operator: str, dry_run
     return run.end(run.before)
 
 
-def _wait_for_end(run: _Run, which: MessageFilter, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+def _wait_for_end(run: _Run, which: MessageFilter, until: float, timeout: float) -> None:
     while running := run.table.messages(which.of(MessageState.RUNNING), 1):
-        if time.monotonic() > deadline:
+        if time.monotonic() > until:
             raise ConfigurationError(
                 f"task {running[0].task_id} of organization {which.organization_id} still runs after {timeout:g} "
                 "seconds.  What waited is gone, the records are there; do it again when the task has ended"

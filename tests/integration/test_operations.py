@@ -24,6 +24,7 @@ from test_broker_roles import TRAPS
 from rhesis_tasks import TenantContext, configure, launch_with_context, operations, tenant_scope, unconfigure
 from rhesis_tasks.errors import ConfigurationError, DeadLetterError, MissingPrivilegeError, NotSupportedError
 from rhesis_tasks.operations import MessageFilter, MessageState, Operation
+from rhesis_tasks.postgres.operations import OperationTable
 from rhesis_tasks.postgres.schema import create_schema
 from rhesis_tasks.processes import python, wait_until
 from rhesis_tasks.settings import database_url, quote_identifier
@@ -731,6 +732,35 @@ def test_offboarding_leaves_nothing_of_a_tenant_but_the_audit(
     assert not again.found
     [note] = audited(app, done)
     assert (note.action, note.filter) == ("offboard", {"organization_id": acme.organization_id})
+
+
+def test_offboarding_takes_no_record_of_a_task_that_has_begun_since_they_were_counted(
+    tasks: Any,
+    app: Celery,
+    acme: TenantContext,
+    launch: Callable[..., str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task_id = launch(tasks.never_ends, context=acme)
+    counted = OperationTable.count_records
+
+    def count_before_it_begins(table: OperationTable, organization_id: str) -> tuple[int, int]:
+        request.getfixturevalue("worker")
+        wait_for_state(app, acme, task_id, State.STARTED)
+        return counted(table, organization_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OperationTable, "count_records", count_before_it_begins)
+        with pytest.raises(ConfigurationError, match="has begun to run meanwhile"):
+            operations.offboard(app, acme.organization_id, operator="olga", dry_run=False)
+    kept = state(app, acme, task_id)
+    operations.offboard(app, acme.organization_id, operator="olga", dry_run=False, stop=True)
+
+    assert kept is State.STARTED
+    assert not operations.messages(app, of(acme))
+    with tenant_scope(acme):
+        assert app.backend.get_record(task_id) is None
 
 
 # --- who may, and where --------------------------------------------------------------------------------------------

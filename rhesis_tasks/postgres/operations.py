@@ -277,6 +277,9 @@ class OperationTable(RecordTable):
         for attempt in range(ATTEMPTS):
             try:
                 with self.transaction() as transaction:
+                    # What is asked by another connection meanwhile may wait for somebody who waits for this one, and a
+                    # process that is suspended would keep its rows from everybody.
+                    transaction.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{PATIENCE}s'")
                     return step(transaction)
             except Exception as error:
                 met = isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == "40P01"

@@ -17,10 +17,11 @@ import pytest
 from applications import application
 from celery import Celery, chain, chord
 from celery.exceptions import TaskRevokedError
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
 from test_broker_roles import TRAPS
 
+import rhesis_tasks.postgres.operations
 from rhesis_tasks import TenantContext, configure, launch_with_context, operations, tenant_scope, unconfigure
 from rhesis_tasks.errors import ConfigurationError, DeadLetterError, MissingPrivilegeError, NotSupportedError
 from rhesis_tasks.operations import MessageFilter, MessageState, Operation
@@ -662,6 +663,28 @@ def test_a_task_that_was_stopped_or_has_expired_stops_no_other_organizations_wit
     launch(tasks.add, 1, 2, context=globex, task_id=same)
 
     wait_for_state(app, globex, same, State.SUCCESS)
+
+
+# --- transactions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_an_operator_who_is_suspended_are_free_after_a_while(
+    app: Celery, database: TenantDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rhesis_tasks.postgres.operations, "PATIENCE", 1)
+    processes: list[int] = []
+
+    def step(transaction: Connection) -> None:
+        processes.append(transaction.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+        if len(processes) == 1:
+            with database.owner.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                seen = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+                wait_until("its end", lambda: connection.scalar(seen, {"pid": processes[0]}) == 0, TIMEOUT)
+            transaction.exec_driver_sql("SELECT")
+
+    operations._table(app).in_transaction(step)
+
+    assert len(set(processes)) == 2
 
 
 # --- offboarding ---------------------------------------------------------------------------------------------------

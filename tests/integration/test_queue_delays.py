@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from queue_rig import (  # noqa: F401  # fixtures
@@ -15,6 +16,7 @@ from queue_rig import (  # noqa: F401  # fixtures
     Connect,
     Sql,
     StartWorker,
+    Watched,
     bodies,
     claimed,
     claims,
@@ -31,6 +33,7 @@ from queue_rig import (  # noqa: F401  # fixtures
 
 from rhesis_tasks.postgres.queue import Claimed, MessageQueue
 from rhesis_tasks.processes import wait_until
+from rhesis_tasks.testing import TenantDatabase
 
 DELAYED = int(os.environ.get("RHESIS_TASKS_DELAYED", "20000"))
 
@@ -415,3 +418,36 @@ def test_a_claim_that_is_made_while_its_consumer_is_taken_for_dead_is_released_a
     assert holders(sql) == [(b"1", None, 1)]
     slow.claim(consumer, ["a"], 1)
     assert sql("SELECT count(*) FROM rhesis_tasks.consumer WHERE id = %s", consumer) == [(1,)], "it is there again"
+
+
+def backend(queue: MessageQueue) -> int:
+    assert isinstance(queue.connection, Watched)
+    return queue.connection.backend
+
+
+def test_a_claim_that_acknowledges_and_the_end_of_its_consumer_wait_for_each_other_in_one_order(
+    queue: MessageQueue, connect: Connect, tenant_database: TenantDatabase, sql: Sql, pool: ThreadPoolExecutor
+) -> None:
+    publish(queue, "a", 2)
+    slow = connect()
+    consumer, keeper = slow.new_consumer(), queue.new_consumer()
+    slow.attach(consumer, "slow", ["a"], hold_lock=False)
+    done = claims(slow.claim(consumer, ["a"], 1)[0])
+    queue.tend(keeper, LONG)
+    sql("UPDATE rhesis_tasks.consumer SET absent_since = now() - interval '1 hour' WHERE id = %s", consumer)
+    backends = [backend(slow), backend(queue)]
+
+    def waits(number: int) -> bool:
+        return bool(sql("SELECT cardinality(pg_blocking_pids(%s)) > 0", backends[number])[0][0])
+
+    with tenant_database.owner.connect() as another:
+        another.exec_driver_sql(f"SELECT FROM rhesis_tasks.message WHERE id = {done[0][0]} FOR UPDATE")
+        claiming = pool.submit(slow.claim, consumer, ["a"], 1, acks=done)
+        wait_until("the claim to wait for what it acknowledges", lambda: waits(0), DEADLINE)
+        tending = pool.submit(queue.tend, keeper, 0)
+        wait_until("the other one to wait for the claim", lambda: waits(1), DEADLINE)
+
+    messages, late = claiming.result(DEADLINE)
+    assert (bodies(messages), late) == ([b"2"], [])
+    assert tending.result(DEADLINE).known is False
+    assert holders(sql) == [(b"2", None, 1)]

@@ -302,8 +302,9 @@ BEGIN
 END
 $$;
 
--- A consumer holds something from now on: whoever takes it for dead at this moment waits until we have committed, or
--- we find it gone, and it is there again, to be taken for dead once more.  For claim() alone, as whom it runs.
+-- A consumer that was gone holds something from now on: it is there again, to be taken for dead once more.  For claim()
+-- alone, as whom it runs.  (One that is there is locked by claim(): whoever takes it for dead waits until that has
+-- committed.)
 CREATE OR REPLACE FUNCTION @schema@.hold(consumer_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -349,7 +350,13 @@ DECLARE
     found_rows integer;
     number     integer;
     claimed    integer := 0;
+    is_known   boolean := true;
 BEGIN
+    IF slots > 0 THEN
+        -- Before any message, as whoever takes us for dead does: else each could wait for the other.
+        PERFORM FROM @schema@.consumer c WHERE c.id = consumer_id FOR KEY SHARE;
+        is_known := FOUND;
+    END IF;
     IF cardinality(acked) > 0 THEN
         RETURN QUERY
         WITH gone AS (
@@ -417,7 +424,7 @@ BEGIN
                   NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), m.last_reason;
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         IF found_rows > 0 THEN
-            PERFORM @schema@.hold(consumer_id);
+            PERFORM @schema@.hold(consumer_id) WHERE NOT is_known;
             RETURN;
         END IF;
         IF has_none THEN
@@ -435,7 +442,7 @@ BEGIN
                       NULL::smallint, NULL::double precision, m.not_before <= clock_timestamp(), NULL::text;
             GET DIAGNOSTICS found_rows = ROW_COUNT;
             IF found_rows > 0 THEN
-                PERFORM @schema@.hold(consumer_id);
+                PERFORM @schema@.hold(consumer_id) WHERE NOT is_known;
                 RETURN;
             END IF;
         ELSIF EXISTS (SELECT FROM @schema@.message w
@@ -468,7 +475,7 @@ BEGIN
         slots := slots - found_rows;
         claimed := claimed + found_rows;
     END LOOP;
-    IF claimed > 0 THEN
+    IF claimed > 0 AND NOT is_known THEN
         PERFORM @schema@.hold(consumer_id);
     END IF;
 END
@@ -646,6 +653,7 @@ $$;
 -- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
 CREATE OR REPLACE FUNCTION @schema@.detach(consumer_id integer) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT FROM @schema@.consumer WHERE id = consumer_id FOR UPDATE;  -- before its messages, as claim() does
     SELECT @schema@.release_held(consumer_id, NULL);
     SELECT @schema@.unsubscribe(ARRAY[consumer_id]);
     DELETE FROM @schema@.consumer WHERE id = consumer_id

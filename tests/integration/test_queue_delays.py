@@ -241,21 +241,86 @@ def test_what_was_delivered_twice_in_vain_is_claimed_by_who_has_nothing_and_noth
     assert bodies(queue.claim(consumer, ["a"], 10, has_none=True)[0]) == [b"2"]
 
 
+def make_wait(sql: Sql, seconds: float) -> None:
+    """Let a suspect have waited for so long."""
+    sql(
+        "UPDATE rhesis_tasks.message SET claimed_at = clock_timestamp() - make_interval(secs => %s) "
+        "WHERE body = 'suspect'",
+        seconds,
+    )
+
+
 def test_who_has_something_claims_no_more_once_a_suspect_has_waited_for_long(queue: MessageQueue) -> None:
     make_suspect(queue, "a")
     publish(queue, "a", 1)
     consumer = queue.new_consumer()
+    queue.subscribe(consumer, "a")
 
     assert queue.claim(consumer, ["a"], 10, patience=0)[0] == []
     assert bodies(queue.claim(consumer, ["a"], 10, patience=0, has_none=True)[0]) == [b"suspect"]
     assert bodies(queue.claim(consumer, ["a"], 10, patience=0)[0]) == [b"1"], "nobody waits any more"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "makes_room"), [(29, None), (31, 0), (332, 1), (932, 2), (2132, None), (4532, 0), (8132, 1), (18932, 0)]
+)
+def test_one_of_all_who_have_something_makes_room_for_a_suspect_and_for_a_time(
+    queue: MessageQueue, sql: Sql, seconds: float, makes_room: int | None
+) -> None:
+    consumers = [queue.new_consumer() for _ in range(3)]
+    for consumer in consumers:
+        queue.attach(consumer, "busy", ["a"], hold_lock=False)
+    make_suspect(queue, "a")
+    make_wait(sql, seconds)
+    publish(queue, "a", 3)
+
+    got = [len(queue.claim(consumer, ["a"], 1, patience=30)[0]) for consumer in consumers]
+
+    assert got == [0 if number == makes_room else 1 for number in range(3)]
+
+
+@pytest.mark.parametrize(("seconds", "claims_on"), [(31, False), (332, True), (932, False), (2132, True)])
+def test_a_single_consumer_makes_room_for_a_suspect_for_a_part_of_the_time(
+    queue: MessageQueue, sql: Sql, seconds: float, claims_on: bool
+) -> None:
+    consumer = queue.new_consumer()
+    queue.attach(consumer, "busy", ["a"], hold_lock=False)
+    make_suspect(queue, "a")
+    make_wait(sql, seconds)
+    publish(queue, "a", 1)
+
+    assert bool(queue.claim(consumer, ["a"], 1, patience=30)[0]) is claims_on
+
+
+def test_of_what_comes_to_who_makes_room_another_one_is_notified(
+    queue: MessageQueue, worker: StartWorker, sql: Sql, pool: ThreadPoolExecutor
+) -> None:
+    publish(queue, "a", 2)
+    first, second = worker({"channel": 2}), worker({"channel": 2})
+    for one in (first, second):
+        one.consume("a")
+        one.limits["channel"] = 1
+        assert one.next() is not None
+        one.limits["channel"] = 2
+    make_suspect(queue, "a")
+    assert first.next(timeout=0.5) is None
+    coming = second.in_background(pool)
+    make_wait(sql, 60)
+
+    queue.publish("", "a", "{}", b"3")
+    assert first.next(timeout=0.5) is None, "it makes room, and was notified, since it has waited for longer"
+
+    delivery = coming.result(DEADLINE)
+    assert delivery is not None and delivery.message.body == b"3"
+
+
 def test_suspects_of_other_queues_do_not_hold_anybody_up(queue: MessageQueue) -> None:
     make_suspect(queue, "b")
     publish(queue, "a", 1)
+    consumer = queue.new_consumer()
+    queue.attach(consumer, "busy", ["a", "b"], hold_lock=False)
 
-    assert bodies(queue.claim(queue.new_consumer(), ["a"], 10, patience=0)[0]) == [b"1"]
+    assert bodies(queue.claim(consumer, ["a"], 10, patience=0)[0]) == [b"1"]
 
 
 def test_what_was_delivered_too_often_is_claimed_to_be_buried(queue: MessageQueue, sql: Sql) -> None:
@@ -305,7 +370,7 @@ def test_a_consumer_that_always_has_something_lets_it_run_out_for_a_suspect(
     first, second = one.next(), one.next()
     assert first is not None and second is not None
     make_suspect(queue, "a")
-    sql("UPDATE rhesis_tasks.message SET claimed_at = now() - interval '1 hour' WHERE body = 'suspect'")
+    make_wait(sql, 60)
     publish(queue, "a", 5)
 
     one.ack(first)

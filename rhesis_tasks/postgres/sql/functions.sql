@@ -315,6 +315,33 @@ BEGIN
 END
 $$;
 
+-- Whether it is a consumer's turn to claim no more, so that it comes to hold nothing and can take a message of a queue that
+-- has waited for that in vain for so many seconds.
+--
+-- It is that of one consumer of the queue after the other, in the order of their numbers, and then of none, so that a
+-- single one has its pauses, too.  All agree on it without a word: each asks when it looks.  The first turn lasts five
+-- minutes, each later one twice as long, up to an hour, for tasks that take so long.  For claim() alone, as whom it runs.
+-- Index: subscription's primary key.
+CREATE OR REPLACE FUNCTION @schema@.makes_room(consumer_id integer, of_queue text, in_vain double precision)
+RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    turn    integer := 0;
+    lasts   double precision := 300;
+    is_mine boolean;
+BEGIN
+    WHILE in_vain >= lasts LOOP
+        in_vain := in_vain - lasts;
+        lasts := least(2 * lasts, 3600);
+        turn := turn + 1;
+    END LOOP;
+    SELECT bool_or(s.consumer = consumer_id)
+           AND count(*) FILTER (WHERE s.consumer < consumer_id) = turn % (count(*) + 1) INTO is_mine
+    FROM @schema@.subscription s WHERE s.queue = of_queue;
+    RETURN coalesce(is_mine, false);
+END
+$$;
+
 -- Acknowledge what was done, and claim what waits: one round trip, one commit.
 --
 -- Each queue of claim_from is walked in the order of delivery, until slots messages are claimed in all; those of
@@ -322,9 +349,9 @@ $$;
 -- returned with the queue NULL: the message was released meanwhile, and is somebody else's.
 --
 -- What was delivered twice in vain may be what ends workers.  It is claimed by somebody who holds nothing (has_none),
--- and nothing with it, so that nothing else is blamed.  If it has waited for longer than patience in seconds, whoever
--- holds something claims no more until it holds nothing.  What was delivered max_deliveries times is claimed to be
--- buried.
+-- and nothing with it, so that nothing else is blamed.  If it has waited for longer than patience in seconds, one of those
+-- who consume its queue claims no more until it holds nothing (makes_room).  What was delivered max_deliveries times is
+-- claimed to be buried.
 --
 -- A place (-priority, start, id) for each queue of claim_from and then of take_from says from where to walk it, NULLs
 -- from the beginning.  While a long transaction keeps the server from removing what is gone, a walk from the beginning
@@ -351,6 +378,7 @@ DECLARE
     number     integer;
     claimed    integer := 0;
     is_known   boolean := true;
+    in_vain    double precision;  -- seconds for which a message has waited in vain for who holds nothing
 BEGIN
     IF slots > 0 THEN
         -- Before any message, as whoever takes us for dead does: else each could wait for the other.
@@ -445,10 +473,21 @@ BEGIN
                 PERFORM @schema@.hold(consumer_id) WHERE NOT is_known;
                 RETURN;
             END IF;
-        ELSIF EXISTS (SELECT FROM @schema@.message w
-                      WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
-                        AND extract(epoch FROM clock_timestamp() - w.claimed_at) > patience) THEN
-            RETURN;
+        ELSE
+            SELECT extract(epoch FROM clock_timestamp() - w.claimed_at) - patience INTO in_vain
+            FROM @schema@.message w
+            WHERE w.queue = from_queue AND w.claim_token IS NULL AND w.due_at IS NULL AND w.deliveries >= 2
+              AND (w.expires_at IS NULL OR w.expires_at > clock_timestamp())
+              AND extract(epoch FROM clock_timestamp() - w.claimed_at) > patience
+            ORDER BY w.deliveries DESC, -w.priority, w.start, w.id LIMIT 1;
+            IF FOUND AND @schema@.makes_room(consumer_id, from_queue, in_vain) THEN
+                -- Of what came in these queues another one is to be notified, now and until we wait anew.
+                DELETE FROM @schema@.waiter w
+                WHERE w.consumer = consumer_id AND w.queue = ANY (claim_from)
+                  AND w.since > coalesce(pg_sequence_last_value('@schema@.waiter_mark'::regclass), 0);
+                PERFORM @schema@.wake(q) FROM unnest(claim_from) q;
+                RETURN;
+            END IF;
         END IF;
     END LOOP;
     number := 0;

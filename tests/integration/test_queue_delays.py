@@ -314,6 +314,18 @@ def test_of_what_comes_to_who_makes_room_another_one_is_notified(
     assert delivery is not None and delivery.message.body == b"3"
 
 
+def test_room_is_made_for_a_suspect_whose_claim_was_lost_on_the_way(queue: MessageQueue) -> None:
+    make_suspect(queue, "a")
+    publish(queue, "a", 1)
+    consumer = queue.new_consumer()
+    queue.subscribe(consumer, "a")
+    assert bodies(queue.claim(consumer, ["a"], 1, has_none=True)[0]) == [b"suspect"]
+
+    assert queue.agree(consumer, []) == set()
+
+    assert queue.claim(consumer, ["a"], 10, patience=0)[0] == []
+
+
 def test_suspects_of_other_queues_do_not_hold_anybody_up(queue: MessageQueue) -> None:
     make_suspect(queue, "b")
     publish(queue, "a", 1)

@@ -623,7 +623,7 @@ DECLARE
 BEGIN
     FOR from_queue IN
         UPDATE @schema@.message m
-        SET claim_token = NULL, holder = NULL, claimed_at = NULL, deliveries = m.deliveries - 1
+        SET claim_token = NULL, holder = NULL, claimed_at = clock_timestamp(), deliveries = m.deliveries - 1
         WHERE m.holder = consumer_id AND m.claim_token <> ALL (tokens)
         RETURNING m.queue
     LOOP

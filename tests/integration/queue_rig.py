@@ -215,3 +215,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def holders(sql: Sql) -> list[tuple[Any, ...]]:
     """(body, holder, deliveries) of each message."""
     return sql("SELECT body, holder, deliveries FROM rhesis_tasks.message ORDER BY id")
+
+
+def pages(queue: MessageQueue, call: str) -> int:
+    """How many pages a function looks at."""
+    [(plan,)] = queue.connection.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM rhesis_tasks.{call}")
+    return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])

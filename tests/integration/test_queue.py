@@ -34,6 +34,7 @@ from queue_rig import (  # noqa: F401  # fixtures
     connect,
     holders,
     one_database,
+    pages,
     pool,
     publish,
     queue,
@@ -478,6 +479,41 @@ def test_a_queue_is_deleted_with_its_messages_and_bindings_unless_it_is_used_or_
     assert not queue.queue_exists("a")
     assert queue.bindings() == []
     assert queue.ack(claims(held)) == [Late(held[0].id, held[0].token, False)], "too late"
+
+
+@pytest.mark.parametrize(
+    ("going", "name"), [("unsubscribe(ARRAY[{consumer}])", "replies"), ("tend({consumer}, 3600)", "expired")]
+)
+def test_a_queue_goes_without_a_look_at_the_messages_of_others(
+    queue: MessageQueue, sql: Sql, going: str, name: str
+) -> None:
+    consumer = queue.new_consumer()
+    queue.attach(consumer, "here", [], hold_lock=False)
+
+    def looked_at() -> int:
+        queue.declare_queue("replies", durable=False, auto_delete=True)
+        queue.subscribe(consumer, "replies")
+        queue.declare_queue("expired", durable=False, expires=0)
+        publish(queue, name, 3)
+        seen = pages(queue, going.format(consumer=consumer))
+        assert not queue.queue_exists(name)
+        assert by_queue(sql) == ["other"] * others
+        return seen
+
+    others = 0
+    looked_at(), looked_at()
+    few = looked_at()
+
+    others = 20_000
+    sql(
+        "INSERT INTO rhesis_tasks.message (queue, envelope, body, due_at, claim_token, holder, deliveries) "
+        "SELECT 'other', '{}', '1', CASE n % 4 WHEN 1 THEN now() + interval '1 day' END, "
+        "CASE n % 4 WHEN 2 THEN n END, CASE n % 4 WHEN 2 THEN %s END, CASE n % 4 WHEN 3 THEN 2 ELSE 0 END "
+        "FROM generate_series(1, %s) n",
+        *(consumer, others),
+    )
+
+    assert looked_at() <= few + 50
 
 
 # --- claiming ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from queue_rig import (  # noqa: F401  # fixtures
     connect,
     holders,
     one_database,
+    pages,
     pool,
     publish,
     queue,
@@ -151,12 +152,6 @@ def test_another_consumer_promotes_when_the_first_one_is_gone(queue: MessageQueu
 
     assert delivery is not None
     assert delivery.message.body == b"1"
-
-
-def pages(queue: MessageQueue, call: str) -> int:
-    """How many pages a function looks at."""
-    [(plan,)] = queue.connection.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM rhesis_tasks.{call}")
-    return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])
 
 
 def delay_many(sql: Sql) -> None:

@@ -184,7 +184,7 @@ class MessageQueue:
             durable: whether its messages survive a crash of the server.
             auto_delete: whether it goes with its last consumer.
             expires: seconds after which it goes if it is not used.
-            message_ttl: seconds after which its messages go if nobody claimed them.
+            message_ttl: seconds after which its messages go if nobody claimed them, counted from when they are due.
         """
         return QueueForm(*self._call("declare_queue", name, durable, auto_delete, expires, message_ttl)[0])
 

@@ -293,6 +293,18 @@ def test_a_message_lives_as_long_as_it_and_its_queue_say(
     assert seconds == (None if lives is None else pytest.approx(lives, abs=0.4))
 
 
+def test_a_delayed_message_lives_as_long_as_its_queue_says_once_it_is_due(queue: MessageQueue, sql: Sql) -> None:
+    queue.declare_queue("a", message_ttl=30)
+
+    queue.publish("", "a", "{}", b"", delay=LONG)
+    queue.publish("", "a", "{}", b"", delay=LONG, lapse=60)
+    queue.publish("", "a", "{}", b"", delay=LONG, ttl=10)
+    queue.publish("", "a", "{}", b"", delay=-LONG)
+
+    lives = sql("SELECT extract(epoch FROM expires_at - published_at)::float FROM rhesis_tasks.message ORDER BY id")
+    assert [seconds for (seconds,) in lives] == pytest.approx([LONG + 30, 60 + 30, 10, 30], abs=0.4)
+
+
 def test_a_message_that_waited_too_long_is_not_delivered_and_is_deleted_by_a_consumer(
     queue: MessageQueue, sql: Sql
 ) -> None:

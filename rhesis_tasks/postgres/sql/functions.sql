@@ -42,6 +42,7 @@ $$;
 -- routing key, which is made if there is none.  Returns the number of queues, or NULL if there is no such exchange.
 --
 -- With a delay in seconds it is not claimed before; it is promoted earlier if it lapses earlier, for a worker to say so.
+-- Only then it waits, and what its queue says of how long counts.
 -- Both are durations, so that nobody's clock counts but the server's.
 -- Index: binding's primary key (all bindings of the exchange for topic and fanout), queue's primary key; waiter_queue,
 -- from the mark on.
@@ -85,8 +86,8 @@ BEGIN
             INSERT INTO @schema@.queue (name) VALUES (to_name) ON CONFLICT DO NOTHING;
             SELECT * INTO STRICT target FROM @schema@.queue WHERE name = to_name;
         END IF;
-        expiry := CASE WHEN ttl IS NOT NULL OR target.message_ttl IS NOT NULL
-                       THEN clock_timestamp() + least(target.message_ttl, make_interval(secs => ttl)) END;
+        expiry := least(clock_timestamp() + make_interval(secs => ttl),
+                        coalesce(due, clock_timestamp()) + target.message_ttl);
         IF target.durable THEN
             INSERT INTO @schema@.message
                 (queue, priority, tenant, task_id, task_name, expires_at, not_before, due_at, envelope, body)

@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS @schema@.queue (
     durable     boolean NOT NULL DEFAULT true,   -- whether its messages survive a crash of the server
     auto_delete boolean NOT NULL DEFAULT false,  -- goes with its last consumer
     expires     interval,                        -- goes when it was unused for so long
-    message_ttl interval,                        -- its messages go when they have waited for so long
+    message_ttl interval,                        -- its messages go when they have waited for so long since they were due
     used_at     timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 

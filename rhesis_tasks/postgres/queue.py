@@ -396,7 +396,12 @@ class MessageQueue:
         return Kept(*self._call("tend", consumer, grace, sweeps)[0])
 
     def promote(self, most: int) -> float | None:
-        """Let messages that are due be claimed, at most so many; returns the seconds until the next one is due."""
+        """Let messages that are due be claimed, at most so many.
+
+        Returns:
+            In how many seconds to call again: when the next one is due, or a little later if others have locked all that
+            are due; None if none is delayed.
+        """
         return self._value("promote", most)  # type: ignore[no-any-return]
 
     def hasten(self, task_ids: Sequence[str]) -> int:

@@ -119,6 +119,23 @@ def test_messages_of_queues_that_are_not_durable_are_delayed_too(queue: MessageQ
     assert bodies(claimed(queue, "passing")) == [b"1"]
 
 
+def test_who_promotes_does_not_ask_again_and_again_while_another_locks_what_is_due(
+    queue: MessageQueue, worker: StartWorker, tenant_database: TenantDatabase, sql: Sql
+) -> None:
+    publish(queue, "a", 1, delay=LONG)
+    make_due(sql)
+    with tenant_database.owner.connect() as another:
+        another.exec_driver_sql("SELECT FROM rhesis_tasks.message FOR UPDATE")
+        one = worker()
+        one.consume("a")
+        began = time.monotonic()
+        assert one.next(timeout=1) is None
+        assert 2 <= one.ear.calls["promote"] <= 2 + (time.monotonic() - began) / 0.05
+
+    delivery = one.next()
+    assert delivery is not None and delivery.message.body == b"1"
+
+
 @pytest.mark.parametrize("others", [0, 2])
 def test_a_consumer_gets_a_delayed_message_when_it_is_due_though_nobody_publishes(
     queue: MessageQueue, worker: StartWorker, others: int

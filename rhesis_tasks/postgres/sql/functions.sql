@@ -836,16 +836,18 @@ BEGIN
 END
 $$;
 
--- Let messages that are due be claimed, at most so many; whoever waits for them is notified.  Returns the seconds until
--- the next one is due, NULL if none is delayed.
+-- Let messages that are due be claimed, at most so many; whoever waits for them is notified.  Returns in how many seconds
+-- to call again: when the next one is due, or a little later if all that are due are locked; NULL if none is delayed.
 -- Index: message_due, up to now: that is a variable, since a condition with clock_timestamp(), which may change from row
 -- to row, would be asked of all that is delayed.
 CREATE OR REPLACE FUNCTION @schema@.promote(most integer) RETURNS double precision
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
+    locked_pause CONSTANT double precision := 0.05;  -- seconds
     in_queue text;
     promoted bigint;
+    locked   boolean := false;  -- something is due, and others have locked all of it
     next_    timestamptz;
     now_     timestamptz := clock_timestamp();
 BEGIN
@@ -869,9 +871,12 @@ BEGIN
                 promoted := promoted - 1;
             END LOOP;
         END LOOP;
+        locked := NOT FOUND;
         SELECT min(due_at) INTO next_ FROM @schema@.message WHERE due_at IS NOT NULL;
     END IF;
-    RETURN CASE WHEN next_ IS NOT NULL THEN greatest(extract(epoch FROM next_ - clock_timestamp()), 0) END;
+    RETURN CASE WHEN next_ IS NOT NULL
+                THEN greatest(extract(epoch FROM next_ - clock_timestamp()), CASE WHEN locked THEN locked_pause ELSE 0 END)
+           END;
 END
 $$;
 

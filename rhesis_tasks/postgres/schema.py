@@ -28,10 +28,11 @@ __all__ = [
     "schema_status",
 ]
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Version 1 had the result backend's tables, version 2 the broker's too, version 3 progress and aborts of tasks,
 version 4 the reason of a failure, version 5 delayed delivery, dead letters, the operators' audit records, and what
-schedules have launched for each tenant."""
+schedules have launched for each tenant, version 6 indexes for the dead letters of a queue and for tasks whose queue is
+not durable."""
 
 RECORDS_SETTING: Final = "rhesis_tasks.organization_id"
 """The transaction-local setting that the policies on our own tables read; the application's policies read theirs."""

@@ -1732,6 +1732,46 @@ def test_what_has_the_number_of_what_one_did_and_was_never_delivered_is_delivere
 
 # --- cost --------------------------------------------------------------------------------------------------------
 
+
+def test_dead_letters_of_a_queue_are_counted_without_a_look_at_those_of_others(queue: MessageQueue, sql: Sql) -> None:
+    for name in ("a", "b", "c"):
+        queue.declare_queue(name)
+    letters = (
+        "INSERT INTO rhesis_tasks.dead_letter (id, queue, priority, deliveries, reason, published_at, envelope, body) "
+        "SELECT n, %s, 0, 5, 'for a test', now(), '{}', '1' FROM generate_series(%s::integer, %s) n"
+    )
+    sql(letters, "b", 1, 2)
+    queue.stats(), queue.stats()
+    few = pages(queue, "queue_stats(10000)")
+
+    sql(letters, "other", 3, 20_000)
+
+    assert pages(queue, "queue_stats(10000)") <= few + 50
+    assert {name: dead for name, *_, dead in queue.stats()} == {"a": 0, "b": 2, "c": 0}
+
+
+def test_the_message_of_a_task_is_found_without_a_look_at_events_whether_its_queue_is_durable_or_not(
+    queue: MessageQueue, tenant_database: TenantDatabase, sql: Sql
+) -> None:
+    queue.declare_queue("passing", durable=False)
+    for name in ("lasting", "passing"):
+        queue.publish("", name, "{}", b"1", task_id=name, tenant="acme", delay=LONG)
+    owner = queue_on(Connection(database_url(tenant_database.owner_url), name="owner"))
+    finding = "has_message('acme', 'none')"
+    pages(owner, finding), pages(owner, finding)
+    few = pages(owner, finding)
+
+    sql(
+        "INSERT INTO rhesis_tasks.transient_message (queue, envelope, body) "
+        "SELECT 'events', '{}', '1' FROM generate_series(1, 20000)"
+    )
+
+    assert pages(owner, finding) <= few + 10
+    owner.connection.close()
+    assert queue.hasten(["lasting", "passing"]) == 2
+    assert {each.queue for each in claimed(queue, "lasting", "passing")} == {"lasting", "passing"}
+
+
 SMALL = 1_000
 
 OPERATIONS: dict[str, str] = {

@@ -96,6 +96,20 @@ def test_creating_again_keeps_the_records(tenant_database: TenantDatabase, make_
         assert app.backend.get_record("one").result == 42
 
 
+def test_tables_of_version_5_get_what_is_new_in_them(tenant_database: TenantDatabase) -> None:
+    create_schema(tenant_database.owner, schema="jobs")
+    made = contents(tenant_database, "jobs")
+    tenant_database.execute(
+        "DROP INDEX jobs.dead_letter_queue, jobs.transient_message_task_id",
+        "UPDATE jobs.schema_version SET version = 5",
+    )
+
+    create_schema(tenant_database.owner, schema="jobs")
+
+    assert contents(tenant_database, "jobs") == made
+    assert versions(tenant_database, "jobs") == [5, VERSION]
+
+
 def test_creating_again_waits_for_nobody_who_uses_the_tables(tenant_database: TenantDatabase) -> None:
     tables = ("message", "transient_message", "queue", "binding", "exchange", "consumer", "subscription", "waiter")
     with tenant_database.owner.connect() as worker, tenant_database.owner.connect() as connection:

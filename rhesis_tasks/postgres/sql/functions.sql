@@ -881,7 +881,7 @@ END
 $$;
 
 -- Promote the delayed messages of these tasks before they are due, for a worker to do with them what it would do then.
--- Returns how many.  Index: message_task_id.
+-- Returns how many.  Index: message_task_id and transient_message_task_id.
 CREATE OR REPLACE FUNCTION @schema@.hasten(task_ids text[]) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
@@ -904,7 +904,7 @@ $$;
 -- age of the oldest message is that among the first of each priority, in the order of delivery.  (A tenant's own messages
 -- are in the order of their publishing, so that it is the oldest of all, or nearly.)
 -- Index: message_next and message_suspect for what waits, message_held for what is claimed, message_due for what is
--- delayed.
+-- delayed, dead_letter_queue for the dead letters.
 CREATE OR REPLACE FUNCTION @schema@.queue_stats(most integer DEFAULT 10000)
 RETURNS TABLE (queue text, waiting bigint, delayed bigint, claimed bigint, oldest double precision, dead bigint)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp

@@ -77,8 +77,9 @@ END
 $$;
 
 -- Whether the message of a tenant's task waits, or a worker has it.  For schedule_begin() alone, as whom it runs.
+-- Index: message_task_id and transient_message_task_id for what waits, message_held for what a worker has.
 CREATE OR REPLACE FUNCTION @schema@.has_message(its_organization text, its_id text) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
     SELECT EXISTS (SELECT FROM @schema@.message m
                    WHERE m.task_id = its_id AND m.tenant = its_organization AND m.claim_token IS NULL
                      AND m.due_at IS DISTINCT FROM 'infinity')

@@ -87,6 +87,9 @@ CREATE INDEX IF NOT EXISTS transient_message_next ON @schema@.transient_message 
 CREATE INDEX IF NOT EXISTS transient_message_suspect
     ON @schema@.transient_message (queue, deliveries DESC, (-priority), start, id)
     WHERE claim_token IS NULL AND due_at IS NULL AND deliveries >= 2;
+-- What a task is cancelled by, if its queue is not durable; events and the like are no tasks.  Since version 6.
+CREATE INDEX IF NOT EXISTS transient_message_task_id ON @schema@.transient_message (task_id)
+    WHERE claim_token IS NULL AND task_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS transient_message_due ON @schema@.transient_message (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS transient_message_held ON @schema@.transient_message (holder) WHERE holder IS NOT NULL;
 CREATE INDEX IF NOT EXISTS transient_message_expires_at ON @schema@.transient_message (expires_at)
@@ -109,6 +112,7 @@ CREATE TABLE IF NOT EXISTS @schema@.dead_letter (
     body         bytea NOT NULL
 );
 CREATE INDEX IF NOT EXISTS dead_letter_tenant ON @schema@.dead_letter (tenant, id);
+CREATE INDEX IF NOT EXISTS dead_letter_queue ON @schema@.dead_letter (queue);  -- since version 6
 WITH gone AS (DELETE FROM @schema@.message WHERE due_at = 'infinity' RETURNING *)
 INSERT INTO @schema@.dead_letter (id, queue, priority, deliveries, reason, published_at, tenant, task_id, task_name,
                                   envelope, body)

@@ -80,7 +80,7 @@ class Listener:
         self.kept_at = 0.0  #: when the server last heard of us
         self._thread = threading.Thread(target=self._run, name=f"rhesis-tasks consumer {consumer}", daemon=True)
         self.listening = False  #: whether notifications reach us
-        queue.connection.on_notification(on_message)
+        queue.connection.on_notification(self._hear)
 
     def start(self) -> None:
         """Attach the consumer, and keep it so.
@@ -114,6 +114,12 @@ class Listener:
         if at < self._turn_at:
             self._turn_at = at
             self._wake()
+
+    def _hear(self, queue: str) -> None:
+        if queue:
+            self._on_message(queue)
+        else:  # one that was older has gone
+            self._again_at = 0.0
 
     def _wake(self) -> None:
         with suppress(OSError):  # full: it was woken already; closed: it has stopped
@@ -219,6 +225,7 @@ class Listener:
         if self._stopping.is_set():
             return
         self._on_turn()
+        self._again_at = math.inf  # unless we are called meanwhile
         began = time.monotonic()
         sweeps = self._promote_at < math.inf and began >= self._sweep_at
         kept = self._queue.tend(self._consumer, self._grace, sweeps=sweeps)
@@ -229,7 +236,7 @@ class Listener:
         elif self._promote_at == math.inf:
             self._promote_at = 0.0
         self.kept_at = time.monotonic()
-        self._again_at = time.monotonic() + kept.again_in
+        self._again_at = min(self._again_at, time.monotonic() + kept.again_in)
         if self._queue.connection.is_pooled:
             self._again_at = min(self._again_at, time.monotonic() + self._grace / 3)
         if not kept.known:

@@ -313,8 +313,8 @@ class MessageQueue:
             has_none: whether the consumer holds nothing but what it acknowledges.  Only then it may get a message that
                 was delivered twice in vain, and nothing else with it.
             max_deliveries: a message that was delivered so often is claimed to be buried: its ``deliveries`` are more.
-            patience: seconds after which a message that was delivered twice in vain lets one after the other of those who
-                consume its queue claim no more, for some minutes at most, until it holds nothing.
+            patience: seconds after which a message that was delivered twice in vain lets one after the other of those
+                who consume its queue claim no more, for some minutes at most, until it holds nothing.
             places: from where to walk a queue; others are walked from the beginning.
 
         Returns:
@@ -399,8 +399,8 @@ class MessageQueue:
         """Let messages that are due be claimed, at most so many.
 
         Returns:
-            In how many seconds to call again: when the next one is due, or a little later if others have locked all that
-            are due; None if none is delayed.
+            In how many seconds to call again: when the next one is due, or a little later if others have locked all
+            that are due; None if none is delayed.
         """
         return self._value("promote", most)  # type: ignore[no-any-return]
 

@@ -160,15 +160,28 @@ def test_a_consumer_gets_a_delayed_message_when_it_is_due_though_nobody_publishe
 
 
 def test_another_consumer_promotes_when_the_first_one_is_gone(queue: MessageQueue, worker: StartWorker) -> None:
-    first, second = worker(grace=0.5), worker(grace=0.5)
+    first, second = worker(), worker()
     second.consume("a")
+    assert second.next(timeout=0.1) is None
     first.consumer.close()
     queue.publish("", "a", "{}", b"1", delay=0.1)
 
     delivery = second.next()
 
-    assert delivery is not None
+    assert delivery is not None, "it is told, and would give its next life sign in half an hour"
     assert delivery.message.body == b"1"
+
+
+@pytest.mark.parametrize(("seconds", "promotes"), [(50, False), (65, True)])
+def test_another_consumer_promotes_when_the_first_one_has_missed_a_life_sign(
+    queue: MessageQueue, sql: Sql, seconds: int, promotes: bool
+) -> None:
+    first, second = queue.new_consumer(), queue.new_consumer()
+    for consumer in (first, second):
+        queue.attach(consumer, "here", ["a"], grace=100)
+    sql("UPDATE rhesis_tasks.consumer SET seen_at = now() - make_interval(secs => %s) WHERE id = %s", seconds, first)
+
+    assert queue.tend(second, 100).promotes is promotes
 
 
 def delay_many(sql: Sql) -> None:

@@ -707,13 +707,18 @@ BEGIN
 END
 $$;
 
--- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.
+-- A consumer goes: what it held is given back uncounted, since it was not started or was stopped in order.  The oldest of
+-- the others is called to tend() at once if it is not older, since now it promotes what is due.
 CREATE OR REPLACE FUNCTION @schema@.detach(consumer_id integer) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT FROM @schema@.consumer WHERE id = consumer_id FOR UPDATE;  -- before its messages, as claim() does
     SELECT @schema@.release_held(consumer_id, NULL);
     SELECT @schema@.unsubscribe(ARRAY[consumer_id]);
-    DELETE FROM @schema@.consumer WHERE id = consumer_id
+    DELETE FROM @schema@.consumer WHERE id = consumer_id;
+    SELECT pg_notify(@schema@.channel_of(oldest.id), '')
+    FROM (SELECT min(c.id) AS id FROM @schema@.consumer c
+          WHERE c.seen_at > clock_timestamp() - make_interval(secs => c.grace)) oldest
+    WHERE oldest.id > consumer_id
 $$;
 
 -- --- upkeep --------------------------------------------------------------------------------------------------------
@@ -729,7 +734,8 @@ $$;
 -- the server from removing it.
 --
 -- Returns whether the caller was known, whether this session holds its lock, in how many seconds to call again, and
--- whether it is the one that promotes what is due: the oldest of those who gave a sign lately.
+-- whether it is the one that promotes what is due: the oldest of those who gave a sign lately.  (They give one twice in a
+-- grace period.  If the oldest is late, two promote for a moment, and pass over what the other one has locked.)
 DROP FUNCTION IF EXISTS @schema@.tend(integer, double precision);
 CREATE OR REPLACE FUNCTION @schema@.tend(consumer_id integer, grace double precision, sweeps boolean DEFAULT true)
 RETURNS TABLE (known boolean, locked boolean, again_in double precision, promotes boolean)
@@ -747,7 +753,7 @@ BEGIN
     known := FOUND AND me.name IS NOT NULL;
     UPDATE @schema@.consumer SET absent_since = NULL, seen_at = now_ WHERE id = consumer_id;
     promotes := NOT EXISTS (SELECT FROM @schema@.consumer c
-                            WHERE c.id < consumer_id AND c.seen_at > now_ - make_interval(secs => tend.grace));
+                            WHERE c.id < consumer_id AND c.seen_at > now_ - make_interval(secs => 0.6 * tend.grace));
     SELECT array_agg(DISTINCT objid::integer), coalesce(bool_or(pid = pg_backend_pid() AND objid::integer = consumer_id), false)
     INTO present, locked
     FROM pg_locks

@@ -436,11 +436,14 @@ def _envelope_of(task: Task[Any, Any], request: Context) -> Envelope:
 
 
 def carried_header(request: Context) -> dict[str, Any]:
-    """The header that a task's message carried, to be published again; empty if it had none."""
+    """The header that a task's message carried, to be published again; empty if no message is known.
+
+    One that had none gets one that says so, lest what is published takes over the scope that the body is in.
+    """
     value = carried_by(request)
     state = state_of(request)
-    if value is None and state is not None and state.envelope:
-        value = encode(state.envelope)  # it came in flat headers, or among the arguments
+    if value is None and state is not None:
+        value = encode(state.envelope)  # it came among the arguments, or there was none
     if not isinstance(value, Mapping):
         return {} if value is None else {HEADER: value}
     if state is not None and state.first_at is not None:

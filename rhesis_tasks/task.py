@@ -198,6 +198,12 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         return super().signature_from_request(request, *args, **options)
 
     @override
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's; what comes after the task is for the same tenant, whatever scope the body is in."""
+        with as_launched(self.request):
+            return super().retry(*args, **kwargs)
+
+    @override
     def replace(self, sig: Any) -> Any:
         """As Celery's; the replacement works for the same tenant, whatever scope the body is in.
 

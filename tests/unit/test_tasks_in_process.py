@@ -646,6 +646,44 @@ def test_a_retry_keeps_the_tenant_of_the_message_not_that_of_the_worker(app: Cel
     assert seen == [GLOBEX] * 3
 
 
+@pytest.mark.parametrize("base", [BaseTask, None], ids=["BaseTask", "plain task"])
+@pytest.mark.parametrize("headers", [None, {"organization_id": "acme"}], ids=["no header", "flat headers"])
+@pytest.mark.parametrize("again", ["retry", "replace"])
+def test_what_is_published_inside_a_scope_for_a_strangers_message_is_not_the_scopes(
+    app: Celery, stranger: Celery, base: Any, headers: Any, again: str, work_off: Any, seen: list[Any]
+) -> None:
+    options = {} if base is None else {"base": base, "tenant_required": False}
+
+    def note(step: str) -> None:
+        tenant = current_tenant()
+        seen.append((step, tenant and tenant.organization_id))
+
+    @app.task(bind=True, name="body", **options)
+    def body(self: Any) -> None:
+        note("body")
+        with tenant_scope(GLOBEX):
+            if again == "retry" and not self.request.retries:
+                raise self.retry(countdown=0)
+            if again == "replace":
+                self.replace(other.si())
+
+    @app.task(name="other", **options)
+    def other() -> None:
+        note("other")
+
+    @app.task(name="after", **options)
+    def after() -> None:
+        note("after")
+
+    link = stranger.signature("after", immutable=True)
+    stranger.send_task("body", headers=headers, link=[link])
+    work_off(app)
+
+    whose = headers and headers["organization_id"]
+    second = "body" if again == "retry" else "other"
+    assert seen == [("body", whose), (second, whose), ("after", whose)]
+
+
 def test_a_retry_with_headers_of_its_own_keeps_the_tenant(app: Celery, run: Any, seen: list[Any]) -> None:
     @app.task(base=BaseTask, bind=True, name="again")
     def again(self: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final
@@ -95,8 +96,9 @@ class RequestState:
     first_at: int | None = None  #: when the body of its first attempt did, in milliseconds since 1970
     reason: str | None = None  #: why a failed attempt is the last one
     has_retried: bool = False  #: its body has called self.retry()
-    thread: int | None = None  #: in which its body runs
-    sessions: Any = None  #: that its body has opened there
+    #: The synchronous sessions that its body has opened, and the thread of each; another one may add to them.
+    sessions: weakref.WeakKeyDictionary[Any, int] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
+    loops: set[Any] = dataclasses.field(default_factory=set)  #: the event loops in which it has opened others
     progress: Progress | None = None  #: as its body has reported it last
     reporter: Any = None  #: what has written it
     before: RequestState | None = None  #: of the request that runs around it, in eager mode

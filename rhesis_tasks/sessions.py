@@ -49,7 +49,14 @@ from .errors import (
     UnsafeConnectionError,
 )
 from .headers import RequestState, running
-from .postgres.engines import LoopEngines, OneLoopEngine, forget_pool_after_fork, new_engine
+from .postgres.engines import (
+    LoopEngines,
+    OneLoopEngine,
+    cut_busy,
+    cut_lent,
+    forget_pool_after_fork,
+    new_engine,
+)
 from .settings import redacted
 
 if TYPE_CHECKING:
@@ -72,7 +79,8 @@ __all__ = [
 ]
 
 _ASKED: Final = "rhesis_tasks.asked"  # in the info of a session that has asked for a connection ...
-_BEGUN: Final = "rhesis_tasks.begun"  # ... and that has got one with a transaction
+_LENT: Final = "rhesis_tasks.lent"  # ... the connections that it has got
+_BEGUN: Final = "rhesis_tasks.begun"  # ... and that their transactions have begun as they should
 _log = logging.getLogger(__name__)
 _system_log = logging.getLogger("rhesis_tasks.system")
 
@@ -124,24 +132,48 @@ class _OptionsSession(Session):
 
 
 def _note(session: Session) -> None:
-    """Know a session that a task's body has opened, unless an event loop runs, which knows its own connections."""
+    """Know a session that a task's body has opened, in whatever thread; of an asynchronous one, the event loop."""
     state = running.get()
-    if state is not None and state.thread == threading.get_ident() and asyncio._get_running_loop() is None:
-        if state.sessions is None:
-            state.sessions = weakref.WeakSet()
-        state.sessions.add(session)
+    if state is None:
+        return
+    if session.bind is None or not session.bind.dialect.is_async:
+        state.sessions[session] = threading.get_ident()
+    elif (loop := asyncio._get_running_loop()) is not None:
+        state.loops.add(loop)
 
 
 def close_left_open(state: RequestState) -> None:
-    """Roll back and close what a task's body has left in the middle of a transaction, whatever it ended with."""
-    for session in list(state.sessions or ()):
-        if not session.in_transaction():
+    """Roll back and close what a task's body has left in the middle of a transaction, whatever it ended with.
+
+    Called in the thread that has run the body.  Its own event loop has seen to its asynchronous sessions.
+    """
+    if not (state.sessions or state.loops):
+        return
+    for reference in state.sessions.keyrefs():  # a list: other threads may open more
+        session = reference()
+        if session is None or not session.in_transaction():
             continue
-        _log.warning("task %s left a session open: its transaction is rolled back", getattr(state.task, "name", "-"))
+        _warn_left_open(state)
         try:
-            session.close()
+            if state.sessions[session] == threading.get_ident():
+                session.close()
+            else:
+                _cut(session)
         except Exception:
             _log.exception("a session that was left open cannot be closed")
+    for loop in tuple(state.loops):
+        if loop.is_closed() and cut_lent(loop):  # such as that of asyncio.run()
+            _warn_left_open(state)
+
+
+def _warn_left_open(state: RequestState) -> None:
+    _log.warning("task %s left a session open: its transaction is rolled back", getattr(state.task, "name", "-"))
+
+
+def _cut(session: Session) -> None:
+    """Cut the connections of a session that another thread may be using; what it does by it raises there."""
+    for connection in tuple(session.info.get(_LENT, ())):
+        cut_busy(connection)
 
 
 class TenantSession(_OptionsSession):
@@ -218,6 +250,7 @@ def _refuse_connection(bind: object) -> None:
 def _forget_connection(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.info.pop(_ASKED, None)
+        session.info.pop(_LENT, None)
         session.info.pop(_BEGUN, None)
 
 
@@ -225,6 +258,7 @@ def _forget_connection(session: Session, transaction: SessionTransaction) -> Non
 def _bind(session: TenantSession, transaction: SessionTransaction, connection: Connection) -> None:
     if transaction.nested:
         return  # a savepoint lives in a transaction that has the settings already
+    session.info.setdefault(_LENT, []).append(connection)
     bind_tenant(connection, session.tenant, session._setting_names, session._transaction_options)
     session.info[_BEGUN] = True
 
@@ -298,6 +332,7 @@ _SEES_ALL: Final = text("SELECT rolsuper OR rolbypassrls, rolname FROM pg_roles 
 def _become_system(session: SystemSession, transaction: SessionTransaction, connection: Connection) -> None:
     if transaction.nested:
         return
+    session.info.setdefault(_LENT, []).append(connection)
     settings = session._transaction_options.settings()
     if session._role is not None:
         settings["role"] = session._role

@@ -117,7 +117,6 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if state.is_cancelled:
             self._drop()
         state.is_running, state.awaits_body = True, self.is_async
-        state.thread = threading.get_ident()
         state.began_at = time.monotonic()
         state.first_at = state.envelope.first_at or int(time.time() * 1000)
         log_start(self, self.request)

@@ -16,6 +16,7 @@ from celery._state import _task_stack, get_current_task  # type: ignore[attr-def
 
 from .context import current_tenant
 from .errors import TaskDefinitionError
+from .headers import running
 from .variables import MISSING, Activation, registered_vars
 
 __all__ = ["ContextThreadPoolExecutor", "in_task", "wrap"]
@@ -66,6 +67,7 @@ def in_task() -> Callable[[], AbstractContextManager[None]]:
     """What makes the running task known in another thread, where there is one: ``with as_task(): ...``."""
     task: Any = get_current_task()
     request: Any = None if task is None else task.request_stack.top
+    state = running.get()
 
     @contextmanager
     def as_task() -> Iterator[None]:
@@ -74,9 +76,11 @@ def in_task() -> Callable[[], AbstractContextManager[None]]:
             return
         _task_stack.push(task)
         task.request_stack.push(request)
+        before = running.set(state)
         try:
             yield
         finally:
+            running.reset(before)
             task.request_stack.pop()
             _task_stack.pop()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import socket
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, NullPool, Pool, create_engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -26,6 +27,7 @@ __all__ = [
     "OneLoopEngine",
     "abandon_engines",
     "cancel_interrupted",
+    "cut_busy",
     "cut_lent",
     "dispose_engines",
     "forget_pool_after_fork",
@@ -313,10 +315,13 @@ def _track(engine: Engine) -> None:
 
 
 def _cut(connection: Any) -> None:
-    if hasattr(connection, "terminate"):
-        connection.terminate()  # asyncpg's
-    else:
+    if not hasattr(connection, "terminate"):
         connection.pgconn.finish()
+        return
+    try:
+        connection.terminate()  # asyncpg's
+    except RuntimeError:  # its event loop is closed, and closes nothing any more
+        connection._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def cut_lent(loop: asyncio.AbstractEventLoop) -> int:
@@ -327,6 +332,39 @@ def cut_lent(loop: asyncio.AbstractEventLoop) -> int:
     for connection in list(lent):
         _cut(connection)
     return len(lent)
+
+
+def cut_busy(connection: Connection) -> None:
+    """Cut a connection that another thread may be using, and cancel the statement that it may be in the middle of.
+
+    Not where that thread has ended the transaction meanwhile.
+
+    Raises:
+        TimeoutError: the statement did not end.
+    """
+    with suppress(InvalidRequestError):  # that thread has closed it just now
+        driver: Any = None if connection.closed or connection.invalidated else connection.connection.dbapi_connection
+        if driver is None:
+            return
+        lock = getattr(driver, "lock", None)  # psycopg's, which is held while an answer is waited for
+        if lock is None:
+            connection.invalidate()
+            return
+        if not lock.acquire(timeout=_SHORT):
+            if connection.closed:
+                return
+            driver.cancel()
+            if not lock.acquire(timeout=CONNECT_TIMEOUT):
+                raise TimeoutError(f"a statement goes on {CONNECT_TIMEOUT} s after it was cancelled")
+        try:
+            if not connection.closed and driver.pgconn.transaction_status != _IDLE:
+                connection.invalidate()
+        finally:
+            lock.release()
+
+
+_SHORT: Final = 0.1  # seconds in which most statements end by themselves
+_IDLE: Final = 0  # libpq's PQTRANS_IDLE
 
 
 async def dispose_engines() -> None:

@@ -41,7 +41,6 @@ MISSING: Final = _Missing()
 """Stands for "not set", which is not the same as None."""
 
 
-_PLAIN: Final = (str, bool, int)
 # contextvars-extras marks a deleted or reset variable by a sentinel inside the raw variable.
 _MARKS: Final = (DeletionMark, NoDefault)
 
@@ -66,14 +65,26 @@ class RegisteredVar:
         """The value as it travels, or MISSING.
 
         Raises:
-            InvalidTenantError: it is not a str, bool, int or None, and dump= does not make it one.
+            InvalidTenantError: it is not a str, bool, int or None, and dump= does not make it one, or fails.
         """
         value = self.value()
         if value is MISSING:
             return MISSING
         if self.dump is not None:
-            value = self.dump(value)
-        if value is None or isinstance(value, _PLAIN):
+            try:
+                value = self.dump(value)
+            except Exception as error:
+                raise InvalidTenantError(
+                    f"dump= of context variable {self.name!r} refused {value!r:.80}: {error}",
+                    field=self.name,
+                    value=value,
+                ) from error
+        # Without the classes of their own that they may have, such as a StrEnum's.
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return int.__int__(value)
+        if value is None or isinstance(value, bool):
             return value
         raise InvalidTenantError(
             f"context variable {self.name!r} holds a {type(value).__name__}; what travels is a str, bool, int or "

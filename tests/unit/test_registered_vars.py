@@ -6,6 +6,7 @@ import datetime
 import uuid
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import pytest
@@ -188,6 +189,62 @@ def test_an_unset_variable_does_not_travel_and_none_does(locale: ContextVar[Any]
 
     assert alone(lambda: capture().variables) == {}
     assert alone(lambda: locale.set(None) and capture().variables) == {"locale": None}
+
+
+class Plan(StrEnum):
+    PRO = "pro"
+
+
+class Level(IntEnum):
+    TOP = 3
+
+
+class Shouted(str):
+    def __str__(self) -> str:
+        return self.upper()
+
+
+@pytest.mark.parametrize(
+    ("value", "travels"), [(Plan.PRO, "pro"), (Level.TOP, 3), (Shouted("pro"), "pro"), (True, True), (3, 3)]
+)
+@pytest.mark.parametrize("eagerly", [True, False], ids=["eagerly", "as a message"])
+@pytest.mark.parametrize("dump", [None, lambda value: value], ids=["as it is", "dumped"])
+def test_a_value_of_a_class_below_a_plain_one_arrives_as_the_plain_one(
+    app: Celery, work_off: Any, locale: ContextVar[Any], value: Any, travels: Any, eagerly: bool, dump: Any
+) -> None:
+    register_context_var(locale, dump=dump)
+    arrived: list[Any] = []
+
+    @app.task(base=BaseTask, name="work")
+    def work() -> None:
+        arrived.append(locale.get())
+
+    def launch() -> None:
+        locale.set(value)
+        with tenant_scope(ACME):
+            if eagerly:
+                work.apply()
+            else:
+                work.delay()
+
+    alone(launch)
+    work_off(app)
+
+    assert [(each, type(each)) for each in arrived] == [(travels, type(travels))]
+
+
+def test_an_error_of_dump_names_the_variable(locale: ContextVar[Any]) -> None:
+    register_context_var(locale, dump=datetime.date.isoformat)
+
+    def launch() -> None:
+        locale.set(7)
+        capture()
+
+    with pytest.raises(InvalidTenantError, match="dump= of context variable 'locale' refused 7: ") as caught:
+        alone(launch)
+
+    assert caught.value.field == "locale"
+    assert isinstance(caught.value.__cause__, TypeError)
 
 
 def test_what_dump_made_of_a_value_load_makes_a_value_again() -> None:

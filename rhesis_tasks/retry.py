@@ -74,6 +74,9 @@ class RetryPolicy:
     A policy handles what ``give_up_on`` lists, and what ``retry_on`` lists and ``when`` agrees to.  What none handles
     is given up.  Attempts are counted over all of them: they are the task's.
 
+    Of an exception group each exception is decided about, unless a class of groups is listed that it belongs to: there
+    is another attempt if all of them are worth one, after the longest wait.
+
     Args:
         max_retries: attempts after the first.
         max_age: seconds since the first attempt began, after which no other one begins; None is for ever.
@@ -156,6 +159,8 @@ class RetryPolicy:
             elapsed: seconds since the first attempt began.
             rng: a source of numbers from 0 up to 1.
         """
+        if isinstance(error, BaseExceptionGroup) and not self._lists_group(error):
+            return self._decide_each(error, retries, elapsed, rng)
         for policy in self.rules:
             if policy._objection(error) is None:
                 return policy._decide(error, retries, elapsed, rng)
@@ -165,6 +170,25 @@ class RetryPolicy:
         if self.rules:
             return GiveUp(f"{type(error).__name__} is handled by none of {len(self.rules) + 1} policies")
         return GiveUp(objection)
+
+    def _lists_group(self, group: BaseExceptionGroup[BaseException]) -> bool:
+        """Whether the group itself is meant, and not only as any exception is."""
+        listed = (each for part in (self, *self.rules) for each in (*part.retry_on, *part.give_up_on))
+        return any(issubclass(each, BaseExceptionGroup) and isinstance(group, each) for each in listed)
+
+    def _decide_each(
+        self,
+        group: BaseExceptionGroup[BaseException],
+        retries: int,
+        elapsed: float,
+        rng: Callable[[], float],
+    ) -> Decision:
+        drawn = rng()  # once, since the longest of many waits would be no random one
+        decisions = [self.decide(each, retries, elapsed=elapsed, rng=lambda: drawn) for each in group.exceptions]
+        for decision in decisions:
+            if isinstance(decision, GiveUp):
+                return decision
+        return max((each for each in decisions if isinstance(each, RetryLater)), key=lambda each: each.countdown)
 
     def _objection(self, error: BaseException) -> str | None:
         """Why this policy, without its rules, does not handle an exception; None if it does."""

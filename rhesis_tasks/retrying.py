@@ -89,7 +89,9 @@ def decide(policy: RetryPolicy, error: Exception, retries: int, state: RequestSt
 
     The soft time limit is final unless the policy names it: the next attempt would take as long.
     """
-    if isinstance(error, SoftTimeLimitExceeded):
+    if isinstance(error, SoftTimeLimitExceeded) or (
+        isinstance(error, ExceptionGroup) and error.subgroup(SoftTimeLimitExceeded) is not None
+    ):
         parts = (policy, *policy.rules)
         if not any(SoftTimeLimitExceeded in part.retry_on for part in parts):
             return GiveUp("its soft time limit was reached")

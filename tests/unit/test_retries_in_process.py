@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import json
@@ -366,6 +367,38 @@ def test_the_soft_time_limit_is_final_unless_the_policy_names_it(
 
     assert (len(final.begun), final.reasons) == (1, ["its soft time limit was reached"])
     assert len(named.begun) > 1
+
+
+def test_the_soft_time_limit_is_final_in_an_exception_group_too(
+    app: Celery, work_off: Any, failing: Callable[..., Run]
+) -> None:
+    run = failing(ExceptionGroup("several", [KeyError(), SoftTimeLimitExceeded()]), retry_policy=TWICE)
+
+    launch(run.task)
+    work_off(app)
+
+    assert (len(run.begun), run.reasons) == (1, ["its soft time limit was reached"])
+
+
+def test_what_a_task_group_raises_is_tried_again_by_what_is_in_it(app: Celery, work_off: Any) -> None:
+    begun = []
+
+    async def fetch() -> None:
+        raise ConnectionError
+
+    @app.task(
+        base=BaseTask, bind=True, name="gather", retry_policy=dataclasses.replace(TWICE, retry_on=ConnectionError)
+    )
+    async def gather(self: BaseTask) -> None:
+        begun.append(self.request.retries)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fetch())
+            tasks.create_task(fetch())
+
+    launch(gather)
+    work_off(app)
+
+    assert begun == [0, 1, 2]
 
 
 def test_autoretry_for_says_why_it_gives_up(app: Celery, work_off: Any, failing: Callable[..., Run]) -> None:

@@ -11,6 +11,7 @@ import operator
 import pickle
 import random
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 from hypothesis import given
@@ -294,6 +295,110 @@ def test_a_composed_policy_decides_as_the_first_part_that_handles_the_exception(
         assert isinstance(decision, GiveUp)
     else:
         assert decision == first.decide(error, retries, rng=lambda: draw)
+
+
+# --- exception groups ------------------------------------------------------------------------------------------
+
+
+class OfABatch(ExceptionGroup[Exception]):
+    """A class of groups that an application has."""
+
+
+class Asking(ConnectionError):
+    """Asks to wait."""
+
+    def __init__(self, retry_after: float) -> None:
+        self.retry_after = retry_after
+
+
+LOST = RetryPolicy(retry_on=(ConnectionError,), retry_after=lambda error: getattr(error, "retry_after", None))
+SLOW = RetryPolicy(base=20, retry_on=(KeyError,))
+AGREES = RetryPolicy(when=lambda error: isinstance(error, ConnectionError))
+
+
+def group(*errors: Exception, kind: type[ExceptionGroup[Exception]] = ExceptionGroup) -> ExceptionGroup[Exception]:
+    return kind("several", errors)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "decision"),
+    [
+        pytest.param(LOST, group(Passing(), ConnectionError()), RetryLater(0.5), id="all are worth it"),
+        pytest.param(LOST, group(group(Passing()), Passing()), RetryLater(0.5), id="also in a group within"),
+        pytest.param(LOST, group(Passing(), KeyError()), GiveUp("KeyError is not listed in retry_on"), id="one is not"),
+        pytest.param(
+            LOST, group(Passing(), group(KeyError())), GiveUp("KeyError is not listed in retry_on"), id="one within"
+        ),
+        pytest.param(LOST, group(Asking(3), Asking(8), Asking(5)), RetryLater(8.5), id="the longest that one asks for"),
+        pytest.param(LOST | SLOW, group(KeyError(), Passing()), RetryLater(10.0), id="the longest of several parts"),
+        pytest.param(
+            LOST | SLOW,
+            group(Passing(), ValueError()),
+            GiveUp("ValueError is handled by none of 2 policies"),
+            id="none handles one",
+        ),
+        pytest.param(AGREES, group(Passing(), Passing()), RetryLater(0.5), id="when() agrees to all"),
+        pytest.param(AGREES, group(Passing(), KeyError()), GiveUp("when() says no to KeyError"), id="when() says no"),
+        pytest.param(
+            RetryPolicy(give_up_on=(KeyError,)),
+            group(ValueError(), KeyError()),
+            GiveUp("KeyError is listed in give_up_on"),
+            id="given up",
+        ),
+        pytest.param(RetryPolicy(), group(ValueError()), RetryLater(0.5), id="everything"),
+        pytest.param(RetryPolicy(retry_on=(ExceptionGroup,)), group(KeyError()), RetryLater(0.5), id="groups"),
+        pytest.param(
+            LOST | RetryPolicy(retry_on=(OfABatch,)), group(KeyError(), kind=OfABatch), RetryLater(0.5), id="own"
+        ),
+        pytest.param(
+            LOST | RetryPolicy(retry_on=(OfABatch,)),
+            group(group(KeyError(), kind=OfABatch)),
+            RetryLater(0.5),
+            id="own within",
+        ),
+        pytest.param(
+            RetryPolicy(give_up_on=(OfABatch,)),
+            group(KeyError(), kind=OfABatch),
+            GiveUp("OfABatch is listed in give_up_on"),
+            id="own is given up",
+        ),
+        pytest.param(
+            RetryPolicy(retry_on=(OfABatch,)),
+            group(KeyError()),
+            GiveUp("KeyError is not listed in retry_on"),
+            id="another class of groups",
+        ),
+        pytest.param(retry.DATABASE, group(ConnectionError()), RetryLater(0.1), id="database"),
+        pytest.param(
+            retry.DATABASE,
+            group(ConnectionError(), KeyError()),
+            GiveUp("when() says no to KeyError"),
+            id="not database",
+        ),
+        pytest.param(retry.DATABASE | retry.HTTP, group(TimeoutError(), ConnectionError()), RetryLater(0.5), id="both"),
+        pytest.param(
+            retry.HTTP,
+            group(
+                HTTPError("https://example.com", 429, "", {"retry-after": "30"}, None),  # type: ignore[arg-type]
+                HTTPError("https://example.com", 503, "", {"retry-after": "7"}, None),  # type: ignore[arg-type]
+            ),
+            RetryLater(30.5),
+            id="http",
+        ),
+    ],
+)
+def test_each_exception_of_a_group_is_decided_about_unless_the_group_is_listed(
+    policy: RetryPolicy, error: Exception, decision: Any
+) -> None:
+    assert policy.decide(error, 0, rng=lambda: 0.5) == decision
+
+
+def test_of_a_group_only_one_wait_is_drawn() -> None:
+    draws = iter([0.25, 0.5, 1.0])
+
+    decision = LOST.decide(group(Passing(), Passing(), Passing()), 0, rng=lambda: next(draws))
+
+    assert decision == RetryLater(0.25)
 
 
 # --- the ready ones --------------------------------------------------------------------------------------------

@@ -35,8 +35,10 @@ __all__ = [
     "IsolationLevel",
     "SettingNames",
     "Transaction",
+    "bind_nobody",
     "bind_tenant",
     "refuse_other_tenant",
+    "refuse_tenant",
     "refuse_unsafe_pool",
     "watch",
 ]
@@ -141,6 +143,11 @@ def bind_tenant(
     _bound[connection] = _Bound(tenant, names)
 
 
+def bind_nobody(connection: Connection) -> None:
+    """Know the transaction that has just begun as a system session's."""
+    _bound[connection] = _Bound(None, SettingNames())
+
+
 def _send(connection: Connection, tenant: TenantContext, names: SettingNames, more: dict[str, str]) -> None:
     # The driver is asked, since SQLAlchemy does not know of autocommit set in a connect listener.
     if getattr(connection.connection.dbapi_connection, "autocommit", False):
@@ -194,6 +201,16 @@ def refuse_other_tenant(tenant: TenantContext) -> None:
         )
 
 
+def refuse_tenant() -> None:
+    """Raise TenantSessionError if the running code works for a tenant, where a session is nobody's."""
+    tenant = current_tenant()
+    if tenant is not None:
+        raise TenantSessionError(
+            f"a system session is nobody's, but the running code works for {tenant}.  Read what is needed outside of "
+            "tenant_scope(...), in a task with system=True, and open a tenant session inside of it"
+        )
+
+
 def refuse_unsafe_pool(engine: Engine) -> None:
     """Raise ConfigurationError if the engine's pool may lend a connection in the middle of somebody's transaction.
 
@@ -218,7 +235,7 @@ def refuse_unsafe_pool(engine: Engine) -> None:
 class _Bound:
     """What a connection has been given."""
 
-    tenant: TenantContext
+    tenant: TenantContext | None  #: None for a system session's
     names: SettingNames
     is_over: bool = False  #: the transaction has ended
 
@@ -228,11 +245,11 @@ _watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def watch(engine: Engine) -> None:
-    """Look at each statement of this engine's tenant transactions, and at each of their errors.
+    """Look at each statement of this engine's tenant and system transactions, and at each error of the tenants'.
 
-    A statement is refused for code that works for another tenant, and in a transaction that somebody has begun on the
-    connection itself, which nobody has given the tenant.  An error says what it has to do with the tenant, and the
-    remedy.
+    A statement is refused for code that works for another tenant (in a system transaction: for any), and in a
+    transaction that somebody has begun on the connection itself, which nobody has given the tenant.  An error says what
+    it has to do with the tenant, and the remedy.
     """
     if engine in _watched:
         return
@@ -254,18 +271,26 @@ def _refuse_statement(connection: Connection, *_: Any) -> None:
     bound = _bound.get(connection)
     if bound is None:
         return
-    refuse_other_tenant(bound.tenant)
+    if bound.tenant is None:
+        refuse_tenant()
+    else:
+        refuse_other_tenant(bound.tenant)
     if bound.is_over:
+        carries = "is not the system's" if bound.tenant is None else "carries no tenant"
         raise TenantSessionError(
-            "this transaction was begun on the session's connection, and carries no tenant.  Commit and roll back by "
-            "the session: db.commit(), not db.connection().commit()"
+            f"this transaction was begun on the session's connection, and {carries}.  Commit and roll back by the "
+            "session: db.commit(), not db.connection().commit()"
         )
 
 
 def _explain(context: ExceptionContext) -> TenantDatabaseError | None:
     connection = context.connection
     bound = None if connection is None else _bound.get(connection)
-    if bound is None or isinstance(getattr(context, "chained_exception", None), TenantDatabaseError):
+    if (
+        bound is None
+        or bound.tenant is None
+        or isinstance(getattr(context, "chained_exception", None), TenantDatabaseError)
+    ):
         return None
     orig = context.original_exception
     found = _explanation(orig, bound.tenant, bound.names)

@@ -34,12 +34,14 @@ from .binding import (
     IsolationLevel,
     SettingNames,
     Transaction,
+    bind_nobody,
     bind_tenant,
     refuse_other_tenant,
+    refuse_tenant,
     refuse_unsafe_pool,
     watch,
 )
-from .context import TenantContext, as_tenant, current_tenant, require_tenant
+from .context import TenantContext, as_tenant, require_tenant
 from .errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -296,7 +298,7 @@ class SystemSession(_OptionsSession):
     Raises:
         UnsafeConnectionError: when a transaction begins, if row-level security binds the role: it would see nothing,
             and say nothing.
-        TenantSessionError: before a statement, while a tenant is active.
+        TenantSessionError: before a statement, also of its connection, while a tenant is active.
     """
 
     def __init__(self, *args: Any, role: str | None = None, **kwargs: Any) -> None:
@@ -306,17 +308,14 @@ class SystemSession(_OptionsSession):
     @override
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """As Session's, asked before each statement; refused for a tenant's code."""
-        _refuse_tenant()
+        refuse_tenant()
         return super().get_bind(*args, **kwargs)
 
-
-def _refuse_tenant() -> None:
-    tenant = current_tenant()
-    if tenant is not None:
-        raise TenantSessionError(
-            f"a system session is nobody's, but the running code works for {tenant}.  Read what is needed outside of "
-            "tenant_scope(...), in a task with system=True, and open a tenant session inside of it"
-        )
+    @override
+    def _with_options(self, engine: Engine) -> Engine:
+        if engine not in self._optioned.values():
+            watch(engine)
+        return super()._with_options(engine)
 
 
 class AsyncSystemSession(AsyncSession):
@@ -348,6 +347,7 @@ def _become_system(session: SystemSession, transaction: SessionTransaction, conn
     except BaseException:
         connection.invalidate()
         raise
+    bind_nobody(connection)
     session.info[_BEGUN] = True
 
 
@@ -630,7 +630,7 @@ class TenantSessions:
             )
         if not isinstance(reason, str) or not reason.strip():
             raise TenantSessionError("system_session(reason=...) wants a reason, for whoever reads the log")
-        _refuse_tenant()
+        refuse_tenant()
         _system_log.info("system session: %s", reason, extra={"reason": reason})
 
     # --- the pools ---------------------------------------------------------------------------------------------

@@ -527,6 +527,33 @@ def test_a_system_session_is_refused_without_a_login_a_reason_or_while_a_tenant_
             use(sessions, kind, notes.seen, "system_session", reason="x")
 
 
+@pytest.mark.filterwarnings("ignore:transaction already deassociated from connection")
+@OfEachKind
+@pytest.mark.parametrize("by", ["url", "role"])
+def test_the_connection_of_a_system_session_is_refused_to_a_tenants_code_and_after_its_own_commit(
+    notes: Notes, system: System, kind: str, by: str
+) -> None:
+    def look(db: Session) -> list[str]:
+        connection = db.connection()
+        with tenant_scope(notes.acme), pytest.raises(TenantSessionError, match="the running code works for"):
+            connection.execute(text("SELECT current_user"))
+        with db.begin_nested():
+            found = notes.seen(connection)
+        connection.commit()
+        with pytest.raises(TenantSessionError, match=r"is not the system's.  Commit and roll back by the session"):
+            connection.execute(text("SELECT current_user"))
+        db.rollback()
+        assert notes.seen(db.connection()) == found, "the next transaction is the system's again"
+        return found
+
+    options: dict[str, Any] = {"system": system.url} if by == "url" else {"system_role": system.role}
+    if by == "url" and kind == "asyncpg":
+        options = {"system": database_url(system.url).set(drivername="postgresql+asyncpg")}
+    with single(notes.url, kind, **options) as sessions:
+        assert use(sessions, kind, look, "system_session", reason="x") == ALL
+        assert observe(sessions, kind, notes.acme).first == USUAL
+
+
 @OfEachKind
 def test_a_system_session_of_a_role_that_policies_bind_is_refused_and_cannot_be_used_on(
     notes: Notes, system: System, kind: str, superuser: Engine

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Final, NamedTuple
+
+from .errors import DatabaseUnavailableError
 
 __all__ = ["END", "Look", "task_events"]
 
@@ -34,6 +37,8 @@ async def task_events(
 ) -> AsyncIterator[str]:
     """An event for what is seen first and for each change, until the task has ended or nobody listens any more.
 
+    It goes on through an outage of the database, with comments, and says what has changed when that is over.
+
     Args:
         first: what was seen before the stream began.
         look: sees the task again; None if there is no such task any more.
@@ -45,7 +50,9 @@ async def task_events(
         await asyncio.sleep(LOOK_EVERY)
         if await is_gone():
             return
-        latest = await look()
+        latest: Look | None = seen
+        with suppress(DatabaseUnavailableError):  # an EventSource that comes back to a 503 gives up for good
+            latest = await look()
         if latest is None:
             return
         if latest != seen:

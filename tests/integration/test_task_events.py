@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2 as httpx
 import pytest
 import uvicorn
+from broker_rig import running_server
 from celery import Celery
 from fastapi import FastAPI
 from router_rig import ANN, BOB, api_of, change, client_of, fail, launch, move, succeed, with_work
@@ -163,6 +164,32 @@ def test_each_change_of_state_or_progress_is_an_event_until_the_task_has_ended(a
 
     assert [name for name, _ in events] == ["status"] * 5 + ["end"]
     assert (events[-1][1]["state"], events[-1][1]["result"]) == ("success", {"count": 3})
+
+
+def test_a_stream_goes_on_through_an_outage_of_the_database(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOK_EVERY", 0.02)
+    failed: list[Exception] = []
+
+    def look(app: Celery, task_id: str) -> Any:
+        try:
+            return get_task(app, task_id)
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    monkeypatch.setattr(fastapi, "get_task", look)
+    with running_server() as server, new_tenant_database(server.url) as database:
+        app = with_work(make_app(database.url, broker_url=database.url))
+        move(app, ANN, "task", State.STARTED)
+        with served(api_of(app)) as url, streams_of(url) as follow, follow(ANN, "task") as stream:
+            assert stream.next(0)["state"] == "started"
+            server.stop()
+            wait_until("looks to fail", lambda: len(failed) > 2, 30)
+            server.start()
+            succeed(app, ANN, "task", 3)
+            events = stream.to_its_end()
+
+    assert [(name, said["state"]) for name, said in events] == [("status", "started"), ("end", "success")]
 
 
 def test_an_event_says_what_the_status_route_says(app: Celery, follow: Follow) -> None:

@@ -133,7 +133,7 @@ def configure(
         **overrides: any Celery setting by its lower-case name.
 
     Raises:
-        ConfigurationError: the application is in use already, was configured otherwise, or a URL is wrong.
+        ConfigurationError: the application is in use already, was configured otherwise, or an argument is wrong.
         MissingExtraError: a PostgreSQL URL is given and psycopg is not installed, or uvloop is not.
     """
     if not isinstance(app, Celery):
@@ -148,6 +148,9 @@ def configure(
     if unknown:
         raise ConfigurationError(f"Celery has no settings named {', '.join(unknown)}")
     require_sessions(sessions)
+    for name, flag in (("launch_records", launch_records), ("show_arguments", show_arguments)):
+        if not isinstance(flag, bool):  # "false", of an environment variable, would count as True
+            raise ConfigurationError(f"{name}= is True or False, not {flag!r}")
     if redact is not None and not callable(redact):
         raise ConfigurationError(f"redact= is a function of a str that returns one, not {redact!r}")
     loop_factory(event_loop)

@@ -82,7 +82,7 @@ class Transaction:
         lock_timeout: seconds after which it gives up to wait for a lock.
 
     Raises:
-        ConfigurationError: the level is not one of these, or a time-out is not positive.
+        ConfigurationError: the level is not one of these, a time-out is not positive, or ``readonly`` no bool.
     """
 
     readonly: bool = False
@@ -91,6 +91,8 @@ class Transaction:
     lock_timeout: float | timedelta | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.readonly, bool):
+            raise ConfigurationError(f"readonly is True or False, not {self.readonly!r}")
         if self.isolation_level is not None and self.isolation_level not in _LEVELS:
             raise ConfigurationError(f"isolation_level is one of {', '.join(_LEVELS)}, not {self.isolation_level!r}")
         for name in ("statement_timeout", "lock_timeout"):

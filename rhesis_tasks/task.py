@@ -692,9 +692,13 @@ class BaseTask(ContextTask):
 
         Raises:
             TaskDefinitionError: the body is a generator, or the retry policy is no RetryPolicy and no method that
-                could return one, or there is ``autoretry_for``, too.
+                could return one, or there is ``autoretry_for``, too, or an attribute that is a flag is no bool.
         """
         super().on_bound(app)
+        for name in ("tenant_required", "system", "tenant_in_arguments"):
+            flag: Any = getattr(cls, name)
+            if not isinstance(flag, bool):  # "false" would count as True
+                raise TaskDefinitionError(f"{name} of task {cls.name} must be True or False, not {flag!r}")
         check_policy(cls)
 
 

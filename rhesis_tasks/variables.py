@@ -170,6 +170,8 @@ def _variables_of(registry: type[ContextVarsRegistry]) -> dict[str, ContextVar[A
 def _register(registered: RegisteredVar) -> None:
     if not isinstance(registered.name, str) or not registered.name:
         raise InvalidTenantError(f"name= takes a non-empty str, not {registered.name!r}", field="name")
+    if not isinstance(registered.log, bool):
+        raise InvalidTenantError(f"log= is True or False, not {registered.log!r}", field="log")
     if registered.log and registered.name in RESERVED_LOG_FIELDS:
         raise InvalidTenantError(
             f"log records have a field {registered.name!r} already; give this variable its own name=", field="name"

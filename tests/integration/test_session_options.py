@@ -215,6 +215,8 @@ def test_options_go_with_core_connections_too(notes: Notes, kind: str) -> None:
     [
         {"isolation_level": "AUTOCOMMIT"},
         {"isolation_level": "serializable"},
+        {"readonly": "false"},
+        {"readonly": 0},
         {"statement_timeout": 0},
         {"statement_timeout": True},
         {"statement_timeout": "5s"},

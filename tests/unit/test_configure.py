@@ -92,6 +92,15 @@ def test_an_url_of_another_type_is_refused_with_what_to_pass_instead(bare: Celer
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["false", "true", "", 0, 1, None])
+@pytest.mark.parametrize("flag", ["show_arguments", "launch_records"])
+def test_a_flag_that_is_no_bool_is_refused(bare: Celery, flag: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{flag}= is True or False, not {value!r}$"):
+        configure(bare, DATABASE, **{flag: value})
+
+    configure(bare, DATABASE)  # it is as it was
+
+
 @pytest.mark.parametrize("first", ["shop", DATABASE, None])
 def test_what_is_no_celery_application_is_refused(first: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"the first argument of configure\(\) is the Celery application"):

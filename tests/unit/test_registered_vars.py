@@ -172,6 +172,14 @@ def test_other_values_are_refused_at_the_launch_with_the_remedy(locale: ContextV
     assert caught.value.value is value
 
 
+@pytest.mark.parametrize("log", ["false", 1, None])
+def test_a_flag_that_is_no_bool_is_refused(locale: ContextVar[Any], log: Any) -> None:
+    with pytest.raises(InvalidTenantError, match=f"log= is True or False, not {log!r}"):
+        register_context_var(locale, log=log)
+
+    assert not registered_vars()
+
+
 def test_dump_must_return_a_plain_value(locale: ContextVar[Any]) -> None:
     register_context_var(locale, dump=lambda value: [value])  # type: ignore[arg-type,return-value]
 

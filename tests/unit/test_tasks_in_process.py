@@ -75,6 +75,13 @@ def eager(app: Celery) -> Celery:
 # --- definitions -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", ["false", "true", "", 0, 1, None])
+@pytest.mark.parametrize("flag", ["tenant_required", "system", "tenant_in_arguments"])
+def test_a_flag_that_is_no_bool_is_refused_when_the_task_is_made(app: Celery, flag: str, value: Any) -> None:
+    with pytest.raises(TaskDefinitionError, match=f"^{flag} of task body must be True or False, not {value!r}$"):
+        app.task(base=BaseTask, lazy=False, name="body", **{flag: value})(nothing)
+
+
 @pytest.mark.parametrize("policy", [None, 3, {"max_retries": 3}, RetryPolicy])
 def test_a_retry_policy_that_is_none_is_refused_when_the_task_is_made(app: Celery, policy: Any) -> None:
     with pytest.raises(TaskDefinitionError, match="retry_policy of task body must be a RetryPolicy"):

@@ -141,6 +141,8 @@ def _registering(app: Celery, state: State, task: str, error: ExceptionTypes) ->
         raise ConfigurationError(f"{_NAMES[state]} takes the application, as in @{_NAMES[state]}(app), not {app!r}")
     if not isinstance(task, str):
         raise ConfigurationError(f"task must be the name of tasks, such as 'reports.*', not {task!r}")
+    if not error:
+        raise ConfigurationError("error names no exception class, so nothing would be called.  Leave it out for all")
 
     def register(hook: HookT) -> HookT:
         if not callable(hook):

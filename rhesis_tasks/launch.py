@@ -86,6 +86,10 @@ def launch_with_context(
             "session= and idempotency_key= are reserved: they need a broker that takes part in the database "
             "transaction, which this one does not"
         )
+    if options is not None and not isinstance(options, Mapping):
+        raise TaskArgumentsError(
+            f"options= is a mapping of Celery's options, such as {{'queue': 'slow'}}, not {options!r:.40}"
+        )
     if options and (wrong := misspelt_option(options)):
         raise TaskArgumentsError(wrong)
     signature, args, kwargs = _signature_of(target, args, kwargs)

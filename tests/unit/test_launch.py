@@ -593,6 +593,14 @@ def test_an_option_that_is_called_almost_like_one_of_celerys_is_refused(
     assert published(tasks.app) == []
 
 
+@pytest.mark.parametrize("options", ["queue", "", ["queue"], 5])
+def test_options_that_are_no_mapping_are_refused(tasks: Tasks, options: Any, published: Any) -> None:
+    with pytest.raises(TaskArgumentsError, match=r"options= is a mapping of Celery's options, such as .* not "):
+        launch_with_context(tasks.add, 1, current_user=ALICE, options=options)
+
+    assert published(tasks.app) == []
+
+
 def test_options_that_routers_brokers_and_stamps_have_of_their_own_are_left_alone(tasks: Tasks, published: Any) -> None:
     stamp = {"stamped_headers": ["queues"], "queues": "mine"}
     properties = {"expiration": 60, "delivery_mode": 1, "user_id": "ann", "MessageGroupId": "acme", "region": "eu"}

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from .context import require_tenant
 from .errors import NotSupportedError
@@ -52,23 +53,24 @@ class TaskNode:
     children: tuple[TaskNode, ...]
 
 
-def get_task(app: Celery, task_id: str) -> TaskRecord | None:
+def get_task(app: Celery, task_id: str | UUID) -> TaskRecord | None:
     """One task's record.
 
     Raises:
         MissingTenantError: no tenant is active.
         NotSupportedError: the result backend keeps no records.
+        TypeError: the id is none.
     """
-    record: TaskRecord | None = _backend(app).get_record(task_id)
+    record: TaskRecord | None = _backend(app).get_record(_id(task_id))
     return record
 
 
 def list_tasks(
     app: Celery,
     *,
-    states: Sequence[State] | None = None,
+    states: State | str | Iterable[State | str] | None = None,
     name: str | None = None,
-    root_id: str | None = None,
+    root_id: str | UUID | None = None,
     launched_from: datetime.datetime | None = None,
     launched_before: datetime.datetime | None = None,
     limit: int = 50,
@@ -78,7 +80,7 @@ def list_tasks(
 
     Args:
         app: a configured application.
-        states: those that are in one of these.
+        states: those that are in this state, or in one of these.
         name: those of this task.
         root_id: those of this run.
         launched_from: those launched then or later.
@@ -90,13 +92,18 @@ def list_tasks(
     Raises:
         MissingTenantError: no tenant is active.
         NotSupportedError: the result backend keeps no records.
+        ValueError: there is no such state, or ``limit`` is no int of 0 or more.
+        TypeError: ``root_id`` is no id.
     """
-    which = Filter(states, name, root_id, launched_from, launched_before)
+    if type(limit) is not int or limit < 0:
+        raise ValueError(f"limit is how many tasks at most, an int of 0 or more, not {limit!r:.40}")
+    root_id = None if root_id is None else _id(root_id)
+    which = Filter(_states(states), name, root_id, launched_from, launched_before)
     records: list[TaskRecord] = _backend(app).list_records(which, limit=limit, after=after)
     return records
 
 
-def cancel_task(app: Celery, task_id: str, *, terminate: bool = False) -> Cancellation | None:
+def cancel_task(app: Celery, task_id: str | UUID, *, terminate: bool = False) -> Cancellation | None:
     """Cancel a task: one that has not started never will, one that runs is asked to stop (``should_abort()``).
 
     Its record says who has cancelled it, the first time.
@@ -109,8 +116,9 @@ def cancel_task(app: Celery, task_id: str, *, terminate: bool = False) -> Cancel
     Raises:
         MissingTenantError: no tenant is active.
         NotSupportedError: the result backend keeps no records.
+        TypeError: the id is none.
     """
-    backend = _backend(app)
+    backend, task_id = _backend(app), _id(task_id)
     if backend.cancel_waiting(task_id):
         return Cancellation.CANCELLED
     if backend.request_abort(task_id):
@@ -132,7 +140,7 @@ def stop_tasks(app: Celery, tasks: Iterable[tuple[str | None, str]], *, terminat
     app.control.broadcast(STOP, arguments={"tasks": [list(each) for each in tasks], "terminate": terminate})
 
 
-def task_tree(app: Celery, task_id: str) -> TaskNode | None:
+def task_tree(app: Celery, task_id: str | UUID) -> TaskNode | None:
     """The run that a task belongs to, from its root: what was launched by whom, and where it is.
 
     Tasks whose parent is not there any more hang on the root, and so does the first launched of some whose parents lead
@@ -142,9 +150,10 @@ def task_tree(app: Celery, task_id: str) -> TaskNode | None:
     Raises:
         MissingTenantError: no tenant is active.
         NotSupportedError: the result backend keeps no records.
+        TypeError: the id is none.
     """
     backend = _backend(app)
-    own = backend.get_record(task_id)
+    own = backend.get_record(_id(task_id))
     if own is None:
         return None
     root_id = own.root_id or own.task_id
@@ -185,6 +194,24 @@ def _node(record: TaskRecord, children: Mapping[str, Sequence[TaskRecord]], leve
 
 def _launched(record: TaskRecord) -> tuple[datetime.datetime, str]:
     return record.launched_at, record.task_id
+
+
+def _id(task_id: object) -> str:
+    """A task's id as Celery has it."""
+    if isinstance(task_id, str):
+        return task_id
+    if isinstance(task_id, UUID):
+        return str(task_id)
+    raise TypeError(f"the id of a task is a str or UUID, not {type(task_id).__name__}.  That of a result is result.id")
+
+
+def _states(states: State | str | Iterable[State | str] | None) -> list[State] | None:
+    if states is None:
+        return None
+    try:
+        return [State(each) for each in ([states] if isinstance(states, str) else states)]
+    except ValueError:
+        raise ValueError(f"states are {', '.join(State)}, not {states!r}") from None
 
 
 def _backend(app: Celery) -> Any:

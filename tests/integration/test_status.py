@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import celery
 import pytest
@@ -99,12 +100,16 @@ def test_a_list_is_of_what_was_asked_for(app: Celery) -> None:
     assert listed(app, states=[State.SUCCESS]) == [first]
     assert listed(app, states=[State.QUEUED, State.FAILURE]) == [third, second]
     assert listed(app, states=[]) == []
+    assert listed(app, states=State.SUCCESS) == listed(app, states="success") == [first]
+    assert listed(app, states=("success", State.QUEUED)) == [second, first]
     assert listed(app, name="other") == [second]
     assert listed(app, name="work", states=[State.FAILURE]) == [third]
     assert listed(app, root_id=second) == [second]
+    assert listed(app, root_id=UUID(second)) == [second]
     assert listed(app, launched_from=at) == [third, second]
     assert listed(app, launched_before=at) == [first]
     assert listed(app, limit=1) == [third]
+    assert listed(app, limit=0) == []
     assert listed(app, name="unknown") == []
 
 
@@ -114,6 +119,36 @@ def pages(app: Celery, limit: int) -> Iterator[list[TaskRecord]]:
         while page := list_tasks(app, limit=limit, after=after):
             yield page
             after = page[-1].launched_at, page[-1].task_id
+
+
+@pytest.mark.parametrize(
+    ("which", "error", "says"),
+    [
+        ({"states": "succes"}, ValueError, "states are delayed, queued, .* not 'succes'"),
+        ({"states": ["SUCCESS"]}, ValueError, r"states are delayed, queued, .* not \['SUCCESS'\]"),
+        ({"limit": -1}, ValueError, "an int of 0 or more, not -1"),
+        ({"limit": "50"}, ValueError, "an int of 0 or more, not '50'"),
+        ({"limit": True}, ValueError, "an int of 0 or more, not True"),
+        ({"limit": None}, ValueError, "an int of 0 or more, not None"),
+        ({"root_id": 5}, TypeError, "the id of a task is a str or UUID, not int"),
+    ],
+)
+def test_a_list_of_what_cannot_be_is_refused(app: Celery, which: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        listed(app, **which)
+
+
+def test_an_id_may_be_a_uuid_and_is_no_result(app: Celery) -> None:
+    task_id = launched(app)
+    as_uuid, result = UUID(task_id), app.AsyncResult(task_id)
+
+    for look in (get_task, task_tree, cancel_task):
+        with tenant_scope(ACME):
+            assert look(app, as_uuid) is not None
+            assert look(app, UUID(uuid())) is None
+            with pytest.raises(TypeError, match=r"is a str or UUID, not AsyncResult.  That of a result is result\.id"):
+                look(app, result)  # type: ignore[arg-type]
+    assert get(app, task_id).state == "revoked"
 
 
 def test_pages_have_each_task_once_while_others_are_launched(app: Celery) -> None:

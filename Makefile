@@ -12,7 +12,7 @@ POSTGRES := $(wildcard /usr/lib/postgresql/15/bin/initdb)
 PGBOUNCER := $(wildcard /usr/sbin/pgbouncer)
 SYSTEMD := $(wildcard /usr/bin/systemd-analyze)
 
-TESTED_WITH_MINIMUM := $(patsubst %,tests/integration/test_%.py,results sessions async_sessions session_options rls_models migrations workers outcomes others forgeries async_tasks chords chord_outages waiting status redis transport statements broker_urls broker_control broker_faults)
+TESTED_WITH_MINIMUM := $(patsubst %,tests/integration/test_%.py,results sessions sessions_left_open async_sessions session_options rls_models migrations workers outcomes others forgeries async_tasks chords chord_outages waiting status redis transport statements broker_urls broker_control broker_faults)
 
 .PHONY: servers demo test lint types unit integration minimum wheel constraints clean
 

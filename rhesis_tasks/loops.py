@@ -103,6 +103,13 @@ def _of_runs(base: type[Any]) -> LoopFactory:
         def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
             context = options.get("context")
             run: Run | None = run_of_context.get() if context is None else context.get(run_of_context)
+            if run is None and self.current is not None and self.is_running() and asyncio.current_task(self) is None:
+                coroutine.close()
+                raise LeftoverError(
+                    f"{getattr(coroutine, '__qualname__', 'a coroutine')} was to be started on the event loop of task "
+                    f"{self.current.name} by who is not known to be part of that: a thread, or what one has called "
+                    "back.  Start threads with wrap(), in the task"
+                )
             if run is not None and run.phase is Phase.OVER:
                 coroutine.close()
                 raise LeftoverError(

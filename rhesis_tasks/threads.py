@@ -17,6 +17,7 @@ from celery._state import _task_stack, get_current_task  # type: ignore[attr-def
 from .context import current_tenant
 from .errors import TaskDefinitionError
 from .headers import running
+from .runs import run_of_context
 from .variables import MISSING, Activation, registered_vars
 
 __all__ = ["ContextThreadPoolExecutor", "in_task", "wrap"]
@@ -64,25 +65,28 @@ def wrap(function: Callable[P, R], /) -> Callable[P, R]:
 
 
 def in_task() -> Callable[[], AbstractContextManager[None]]:
-    """What makes the running task known in another thread, where there is one: ``with as_task(): ...``."""
+    """What makes the running task known in another thread, where there is one: ``with as_task(): ...``.
+
+    With its run on an event loop, so that a thread that goes on after the task starts nothing more there.
+    """
     task: Any = get_current_task()
     request: Any = None if task is None else task.request_stack.top
-    state = running.get()
+    state, run = running.get(), run_of_context.get()
 
     @contextmanager
     def as_task() -> Iterator[None]:
-        if request is None:
-            yield
-            return
-        _task_stack.push(task)
-        task.request_stack.push(request)
-        before = running.set(state)
+        of_state, of_run = running.set(state), run_of_context.set(run)
+        if request is not None:
+            _task_stack.push(task)
+            task.request_stack.push(request)
         try:
             yield
         finally:
-            running.reset(before)
-            task.request_stack.pop()
-            _task_stack.pop()
+            if request is not None:
+                task.request_stack.pop()
+                _task_stack.pop()
+            run_of_context.reset(of_run)
+            running.reset(of_state)
 
     return as_task
 

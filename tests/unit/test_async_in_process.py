@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, ContextVar
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -644,6 +645,82 @@ def test_a_thread_of_an_earlier_task_starts_no_coroutine(app: Celery, look: Any,
     run((leave, ACME), (wait, GLOBEX), (look, GLOBEX))
 
     assert [each[1] for each in seen] == ["globex"]
+
+
+@pytest.mark.parametrize("how", ["wrapped", "plain"])
+def test_no_thread_of_an_earlier_task_starts_a_coroutine_beside_a_later_one(
+    app: Celery, run: Any, seen: list[Any], how: str
+) -> None:
+    go = threading.Event()
+    failed: list[Any] = []
+
+    async def late() -> None:
+        seen.append(("late", organization()))
+
+    def start_late(loop: Any) -> None:
+        go.wait(TIMEOUT)
+        failed.append(asyncio.run_coroutine_threadsafe(late(), loop).exception(TIMEOUT))
+
+    @app.task(base=BaseTask)
+    async def leave() -> None:
+        target = wrap(start_late) if how == "wrapped" else start_late
+        threads.append(threading.Thread(target=target, args=(asyncio.get_running_loop(),)))
+        threads[0].start()
+
+    @app.task(base=BaseTask)
+    async def wait() -> None:
+        go.set()
+        await asyncio.to_thread(threads[0].join, TIMEOUT)
+
+    threads: list[threading.Thread] = []
+    run((leave, ACME), (wait, GLOBEX))
+
+    assert seen == []
+    assert [type(each) for each in failed] == [LeftoverError]
+    assert ("when that was over" if how == "wrapped" else "wrap()") in str(failed[0])
+
+
+def test_a_thread_of_the_running_task_starts_coroutines_if_it_is_wrapped(
+    app: Celery, run: Any, seen: list[Any]
+) -> None:
+    async def part() -> None:
+        seen.append((organization(), together.request.id is not None))
+
+    def start_part(loop: Any) -> None:
+        asyncio.run_coroutine_threadsafe(part(), loop).result(TIMEOUT)
+
+    @app.task(base=BaseTask)
+    async def together() -> None:
+        thread = threading.Thread(target=wrap(start_part), args=(asyncio.get_running_loop(),))
+        thread.start()
+        await asyncio.to_thread(thread.join, TIMEOUT)
+
+    run((together, ACME))
+
+    assert seen == [("acme", True)]
+
+
+def test_a_librarys_thread_that_knows_no_task_gives_its_answer(app: Celery, run: Any, seen: list[Any]) -> None:
+    asked: SimpleQueue[Any] = SimpleQueue()
+
+    def answer() -> None:  # as aiosqlite does, for whoever asks
+        while (future := asked.get()) is not None:
+            future.get_loop().call_soon_threadsafe(future.set_result, "the answer")
+
+    @app.task(base=BaseTask)
+    async def ask() -> None:
+        if not thread.ident:
+            thread.start()
+        future = asyncio.get_running_loop().create_future()
+        asked.put(future)
+        async with asyncio.timeout(TIMEOUT):
+            seen.append((await future, organization()))
+
+    thread = threading.Thread(target=answer, daemon=True)
+    run((ask, ACME), (ask, GLOBEX))
+    asked.put(None)
+
+    assert seen == [("the answer", "acme"), ("the answer", "globex")]
 
 
 def test_the_failure_of_a_coroutine_that_nobody_awaited_is_logged_for_its_own_tenant(

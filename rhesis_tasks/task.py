@@ -21,6 +21,7 @@ from celery._state import (  # type: ignore[attr-defined]  # left out of the stu
     connect_on_app_finalize,
 )
 from celery.app.base import pydantic_wrapper  # type: ignore[attr-defined]  # left out of the stubs
+from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry
 from typing_extensions import override
 
@@ -60,7 +61,6 @@ from .sessions import AsyncTenantSession, TenantSession, TransactionOptions, clo
 
 if TYPE_CHECKING:
     from celery import Celery
-    from celery.app.task import Context
     from celery.result import EagerResult
 
 __all__ = ["BaseTask", "ContextTask"]
@@ -72,6 +72,16 @@ def _is_plain_call(request: Context) -> bool:
     """Whether a task is called as a function, from outside a worker or by its own body, and not by the worker."""
     state = state_of(request)
     return bool(request.called_directly or (state is not None and state.is_running))
+
+
+def _is_anothers(request: Context) -> bool:
+    """Whether the body that runs for a request is not that of the running code.
+
+    The request is the thread's.  So it is also found by what an earlier task of the thread has left to be called back,
+    and by what is called back for nobody.
+    """
+    state = state_of(request)
+    return state is not None and state.is_running and state.activation is not None and running.get() is not state
 
 
 class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
@@ -116,6 +126,10 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def _run_body(self, state: RequestState, args: Any, kwargs: Any) -> Any:
         if state.is_cancelled:
             self._drop()
+        before = running.get()
+        if before is not state:  # somebody has changed it since task_prerun
+            state.before = before
+            running.set(state)
         state.is_running, state.awaits_body = True, self.is_async
         state.began_at = time.monotonic()
         state.first_at = state.envelope.first_at or int(time.time() * 1000)
@@ -183,6 +197,17 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         if cls.is_async and not hasattr(cls.run, "awaits"):
             cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"), app, cls.name)  # type: ignore[method-assign]
 
+    def _get_request(self) -> Context:
+        """As Celery's, where the running code belongs to it; else an empty one, as in a thread of its own."""
+        request: Context | None = self.request_stack.top
+        if request is None:
+            return super()._get_request()  # type: ignore[misc, no-any-return]  # left out of the stubs
+        if state_of(request) is running.get() or not _is_anothers(request):  # the former is quick, and usual
+            return request
+        return Context(delivery_info={})
+
+    request = property(_get_request)
+
     @override
     def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
         """What a retry publishes: the context of the message, whatever scope or headers the body retries with."""
@@ -207,7 +232,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         """As Celery's; the replacement works for the same tenant, whatever scope the body is in.
 
         Raises:
-            NotSupportedError: the task has ended.
+            NotSupportedError: the task has ended, or it is another one that runs.
         """
         self._refuse_when_ended("replace")
         with as_launched(self.request):
@@ -218,17 +243,29 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         """As Celery's; what is added works for the same tenant, whatever scope the body is in.
 
         Raises:
-            NotSupportedError: the task has ended.
+            NotSupportedError: the task has ended, or it is another one that runs.
         """
         self._refuse_when_ended("add_to_chord")
         with as_launched(self.request):
             return super().add_to_chord(sig, lazy)  # type: ignore[call-overload]
 
-    def _refuse_when_ended(self, method: str) -> None:
-        state = state_of(self.request)
-        if state is not None and state.has_ended:
+    def _own_request(self, method: str) -> Context | None:
+        """That for which a method is called, if there is one."""
+        request: Context | None = self.request_stack.top
+        if request is not None and _is_anothers(request):
             raise NotSupportedError(
-                f"{method}() of task {self.name}[{self.request.id}] is called when that has ended, by a hook or by "
+                f"{method}() of task {self.name} is called by what is not part of the run that it would be for: an "
+                "earlier task has left it, or it was called back without a context.  Call it in the task's own code, "
+                "and give threads and callbacks of others a function by wrap()"
+            )
+        return request
+
+    def _refuse_when_ended(self, method: str) -> None:
+        request = self._own_request(method)
+        state = None if request is None else state_of(request)
+        if request is not None and state is not None and state.has_ended:
+            raise NotSupportedError(
+                f"{method}() of task {self.name}[{request.id}] is called when that has ended, by a hook or by "
                 "what its body has left running.  Launch another task instead"
             )
 
@@ -470,10 +507,10 @@ class BaseTask(ContextTask):
 
         Raises:
             InvalidProgressError: ``done`` or ``total`` is no int of 0 or more, or the message no str.
-            NotSupportedError: the result backend keeps no records.
+            NotSupportedError: the result backend keeps no records, or it is another task that runs.
         """
         progress = checked_progress(done, total, message)
-        reporter = self._reporter(required=True)
+        reporter = self._reporter("report_progress", required=True)
         if reporter is not None:
             reporter.report(progress)
 
@@ -482,8 +519,11 @@ class BaseTask(ContextTask):
 
         The record is asked at most once a second; where an event loop runs, in the background (:meth:`aborted` waits
         for the answer).  It stays true in the task's retries.
+
+        Raises:
+            NotSupportedError: it is another task that runs.
         """
-        reporter = self._reporter()
+        reporter = self._reporter("should_abort")
         if reporter is None:
             return False
         reporter.look()
@@ -491,7 +531,7 @@ class BaseTask(ContextTask):
 
     async def aborted(self) -> bool:
         """The same for ``async def`` bodies: ``if await self.aborted(): ...``."""
-        reporter = self._reporter()
+        reporter = self._reporter("aborted")
         if reporter is None:
             return False
         await reporter.look_and_wait()
@@ -521,7 +561,7 @@ class BaseTask(ContextTask):
             start: how many items an earlier attempt has done, for the progress.
         """
         checked_progress(start, None, "")
-        reporter = self._reporter()
+        reporter = self._reporter("batch")
 
         def on_progress(done: int, total: int | None) -> None:
             if reporter is not None:
@@ -536,10 +576,10 @@ class BaseTask(ContextTask):
             on_progress=on_progress,
         )
 
-    def _reporter(self, *, required: bool = False) -> Reporter | None:
+    def _reporter(self, method: str, *, required: bool = False) -> Reporter | None:
         """What writes to this run's record; None if it has none: run eagerly, or called as a function."""
-        request: Any = self.request
-        state = state_of(request)
+        request: Any = self._own_request(method)
+        state = None if request is None else state_of(request)
         if state is None:
             return None
         if state.reporter is None:
@@ -656,7 +696,7 @@ class BaseTask(ContextTask):
         Raises:
             Retry: there will be another attempt.
             BaseException: ``exc``, or what is handled at the moment, or MaxRetriesExceededError, if there will not.
-            NotSupportedError: the task has ended.
+            NotSupportedError: the task has ended, or it is another one that runs.
         """
         self._refuse_when_ended("retry")
         request: Any = self.request

@@ -9,12 +9,13 @@ import hashlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from queue import SimpleQueue
 from typing import Any
 
@@ -39,6 +40,7 @@ from rhesis_tasks.errors import (
     LeftoverError,
     MissingExtraError,
     MissingTenantError,
+    NotSupportedError,
     TaskCancelledError,
     TaskDefinitionError,
 )
@@ -678,6 +680,95 @@ def test_no_thread_of_an_earlier_task_starts_a_coroutine_beside_a_later_one(
     assert seen == []
     assert [type(each) for each in failed] == [LeftoverError]
     assert ("when that was over" if how == "wrapped" else "wrap()") in str(failed[0])
+
+
+@pytest.mark.parametrize("context", ["its own", "none"])
+@pytest.mark.parametrize("how", ["call_soon_threadsafe", "add_reader"])
+def test_what_an_earlier_task_has_left_to_be_called_back_does_nothing_to_a_later_one(
+    app: Celery, run: Any, seen: list[Any], how: str, context: str
+) -> None:
+    go, called = threading.Event(), threading.Event()
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    noted: dict[str, Any] = {}
+
+    @app.task(base=BaseTask, bind=True, name="child")
+    def child(self: BaseTask) -> None:
+        seen.append(("child", self.tenant.organization_id, self.request.parent_id))
+
+    @app.task(base=BaseTask, bind=True, name="job")
+    async def job(self: BaseTask, whose: str) -> None:
+        loop = asyncio.get_running_loop()
+        seen.append((whose, organization(), self.request.args, self.request.retries))
+        if whose == "of globex":
+            go.set()
+            far.send(b"x")
+            await asyncio.to_thread(called.wait, TIMEOUT)
+            await self.aborted()
+            return
+
+        def call_back() -> None:
+            if how == "add_reader":
+                loop.remove_reader(near)
+            calls: dict[str, Callable[[], Any]] = {
+                "retry": lambda: self.retry(throw=False, countdown=0),
+                "replace": lambda: self.replace(child.si()),
+                "add_to_chord": lambda: self.add_to_chord(child.si()),
+                "report_progress": lambda: self.report_progress(1),
+                "should_abort": self.should_abort,
+                "aborted": lambda: self.aborted().send(None),
+                "batch": lambda: self.batch(asyncio.sleep, [0], limit=1),
+            }
+            for name, call in calls.items():
+                try:
+                    call()
+                except Exception as error:
+                    noted[name] = type(error), "wrap()" in str(error)
+            noted["request"] = self.request.id, self.request.args
+            with tenant_scope(ACME):
+                child.delay()
+            called.set()
+
+        where = copy_context() if context == "its own" else Context()
+        if how == "add_reader":
+            where.run(loop.add_reader, near, call_back)
+        else:
+
+            def wait() -> None:
+                go.wait(TIMEOUT)
+                loop.call_soon_threadsafe(call_back)
+
+            threading.Thread(target=where.run, args=(wait,)).start()
+
+    with near, far:
+        run((job, ACME, "of acme"), (job, GLOBEX, "of globex"))
+
+    assert noted.pop("request") == (None, None)
+    assert set(noted.values()) == {(NotSupportedError, True)}
+    assert len(noted) == 7
+    assert seen == [
+        ("of acme", "acme", ["of acme"], 0),
+        ("of globex", "globex", ["of globex"], 0),
+        ("child", "acme", None),
+    ]
+
+
+def test_a_callback_of_others_acts_for_the_task_if_it_is_wrapped(app: Celery, run: Any, seen: list[Any]) -> None:
+    @app.task(base=BaseTask, bind=True)
+    async def job(self: BaseTask) -> None:
+        called = asyncio.get_running_loop().create_future()
+
+        def call_back() -> None:
+            seen.append((self.should_abort(), self.request.id, organization()))
+            called.set_result(None)
+
+        Context().run(asyncio.get_running_loop().call_soon, wrap(call_back))
+        await called
+        seen.append((False, self.request.id, organization()))
+
+    run((job, ACME))
+
+    assert seen[0] == seen[1] != (False, None, "acme")
 
 
 def test_a_thread_of_the_running_task_starts_coroutines_if_it_is_wrapped(

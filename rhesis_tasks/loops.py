@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.signals import worker_process_shutdown
@@ -34,6 +34,9 @@ __all__ = ["LoopFactory", "close_loops", "loop_factory", "run_coroutine"]
 P = ParamSpec("P")
 T = TypeVar("T")
 LoopFactory: TypeAlias = Callable[[], RunLoop]
+
+TURNS: Final = 10
+"""So many turns a loop takes at most for what a task has left to be called back."""
 
 _log = logging.getLogger(__name__)
 
@@ -217,8 +220,12 @@ class _TaskLoop:
                     run.is_clear = True
                 if not run.is_clear:
                     self._abandon(loop, run)
-                elif loop.is_changed or not self._executor.is_usable:
-                    self._reset(loop)
+                else:
+                    try:
+                        self._call_back(loop, run)
+                    finally:
+                        if loop.is_changed or not self._executor.is_usable:
+                            self._reset(loop)
             finally:
                 run.forget()
                 loop.current = None
@@ -231,6 +238,25 @@ class _TaskLoop:
         self._executor = _LoopExecutor()
         loop.set_default_executor(self._executor)
         return loop
+
+    def _call_back(self, loop: RunLoop, run: Run) -> None:
+        """Let what is to be called back be called, as transports need it that close, and then nothing any more.
+
+        (uvloop does not tell what waits.)
+        """
+        ready = getattr(loop, "_ready", None)
+        if not ready:
+            return
+        try:
+            for _ in range(TURNS):
+                loop.call_soon(loop.stop)
+                loop.run_forever()
+                if not ready:
+                    break
+        finally:
+            while ready:
+                ready.popleft().cancel()
+            run.cancel_timers()
 
     def _reset(self, loop: RunLoop) -> None:
         """What a task may have changed."""

@@ -130,6 +130,10 @@ class Run:
         """Nothing is left; and nothing more starts, beginning with what comes in this turn of the loop."""
         self.is_clear = True
         self.phase = Phase.OVER
+        self.cancel_timers()
+
+    def cancel_timers(self) -> None:
+        """All that were set on the loop."""
         for timer in self._timers or ():
             timer.cancel()
 

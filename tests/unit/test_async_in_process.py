@@ -400,22 +400,42 @@ def test_what_the_body_leaves_to_be_called_back_is_before_the_next_task(
     assert seen[1:] == [("of the body", "acme")]
 
 
-def test_a_body_that_is_cancelled_before_it_begins_ends(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
+@pytest.mark.parametrize("app", ["asyncio"], indirect=True)  # uvloop does not tell what waits
+@pytest.mark.parametrize("how", ["call_soon", "call_later"])
+def test_what_is_called_back_again_and_again_ends_before_the_next_task(
+    app: Celery, look: Any, run: Any, seen: list[Any], how: str
+) -> None:
     @app.task(base=BaseTask)
     async def leave() -> None:
         loop = asyncio.get_running_loop()
 
-        def cancel_all() -> None:
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
+        def again() -> None:
+            seen.append((loop, "again"))
+            loop.call_soon(again) if how == "call_soon" else loop.call_later(0.001, again)
 
-        loop.call_soon(loop.call_soon, cancel_all)  # after the end of this task
+        loop.call_soon(loop.call_soon, loop.call_soon, again)
 
+    run((leave, ACME))
+    called = len(seen)
+    run((look, GLOBEX), (look, ACME))
+
+    assert called
+    assert [each[1] for each in seen[called:]] == ["globex", "acme"]
+    assert len({loop for loop, _ in seen}) == 1
+
+
+def test_a_body_that_is_cancelled_before_it_begins_ends(app: Celery, look: Any, run: Any, seen: list[Any]) -> None:
     @app.task(base=BaseTask)
     async def cancelled() -> None:
         seen.append((None, "ran"))
 
-    run((leave, ACME))
+    def cancel_all() -> None:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+
+    run((look, ACME))
+    loop, _ = seen.pop()
+    loop.call_soon_threadsafe(cancel_all)  # as a thread may between two tasks
     with tenant_scope(GLOBEX), pytest.raises(TaskCancelledError):
         cancelled.apply(throw=True)
     run((look, GLOBEX))

@@ -287,6 +287,8 @@ def _ended(sender: Task[Any, Any], state: str | None = None, retval: Any = None,
         return
     request = sender.request
     known = state_of(request)
+    if known is not None:
+        known.has_ended = True  # whatever the outcome
     if state is None:
         # Raised through, to the caller of an eager task (task_eager_propagates), or out of a worker's process.
         raised = sys.exception() if request.is_eager else None
@@ -303,7 +305,6 @@ def _ended(sender: Task[Any, Any], state: str | None = None, retval: Any = None,
     # nobody, whoever its message names.
     if known is None or outcome.tenant is None or known.is_superseded or known.refusal is not None:
         return
-    known.has_ended = True
     renew(known)  # whatever other receivers and Celery's own hooks have left
     run_hooks(outcome)
 

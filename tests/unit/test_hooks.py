@@ -26,8 +26,9 @@ from rhesis_tasks import (
     register_context_var,
     tenant_scope,
     unconfigure,
+    wrap,
 )
-from rhesis_tasks.errors import ConfigurationError, MissingTenantError, TaskDefinitionError
+from rhesis_tasks.errors import ConfigurationError, MissingTenantError, NotSupportedError, TaskDefinitionError
 from rhesis_tasks.headers import HEADER, Envelope, encode
 from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure, on_tenant_retry, on_tenant_success
 from rhesis_tasks.retry import NO_RETRY
@@ -702,6 +703,49 @@ def test_a_hook_cannot_have_the_task_run_again(
 
     assert (ran, result.get()) == (["body"], 7)
     assert f"NotSupportedError: {what}() of task body[{result.id}] is called when that has ended" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["retry", "replace", "add_to_chord"])
+@pytest.mark.parametrize("ends", ["without a tenant", "by replace", "by Ignore", "by Reject"])
+def test_nothing_that_a_task_leaves_has_it_run_again_however_it_has_ended(
+    app: Celery, work_off: Any, seen: list[Any], what: str, ends: str
+) -> None:
+    other = app.task(base=BaseTask, name="other")(nothing)
+    go = threading.Event()
+    threads: list[threading.Thread] = []
+    raised: list[Exception] = []
+
+    def again(task: Any) -> None:
+        go.wait(10)
+        try:
+            task.retry(throw=False, countdown=0) if what == "retry" else getattr(task, what)(other.si())
+        except Exception as error:
+            raised.append(error)
+
+    @app.task(base=BaseTask, bind=True, name="body", system=ends == "without a tenant")
+    def body(self: Any) -> None:
+        seen.append(self.request.retries)
+        threads.append(threading.Thread(target=wrap(again), args=(self,)))
+        threads[-1].start()
+        if ends == "by replace":
+            raise self.replace(other.si())
+        if ends != "without a tenant":
+            raise {"by Ignore": Ignore, "by Reject": Reject}[ends]()
+
+    @app.task(base=BaseTask, name="after", tenant_required=False)
+    def after() -> None:
+        go.set()
+        threads[0].join(10)
+
+    with nullcontext() if ends == "without a tenant" else tenant_scope(ACME):
+        body.delay()
+        after.delay()
+    ran = work_off(app)
+
+    assert seen == [0]
+    assert sorted(ran) == sorted(["body", "after", *(["other"] if ends == "by replace" else [])])
+    assert [type(each) for each in raised] == [NotSupportedError]
+    assert "is called when that has ended" in str(raised[0])
 
 
 def test_a_task_may_still_retry_that_a_hook_runs_eagerly(app: Celery, run: Any, seen: list[Any]) -> None:

@@ -195,7 +195,7 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             raise TaskDefinitionError(f"the body of task {cls.name} is an asynchronous generator; let it return a list")
         cls.is_async = inspect.iscoroutinefunction(body)
         if cls.is_async and not hasattr(cls.run, "awaits"):
-            cls.run = _run_if_awaited(inspect.getattr_static(cls, "run"), app, cls.name)  # type: ignore[method-assign]
+            cls.run = _run_if_awaited(cls, app)  # type: ignore[method-assign]
 
     def _get_request(self) -> Context:
         """As Celery's, where the running code belongs to it; else an empty one, as in a thread of its own."""
@@ -296,19 +296,22 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         )
 
 
-def _run_if_awaited(run: Any, app: Celery, name: str) -> Any:
-    """A body that is ``async def`` as Celery calls it: what it returns is run if a task is to run, and not a function.
+def _run_if_awaited(cls: type[ContextTask], app: Celery) -> Any:
+    """A body that is ``async def`` as Celery calls it: what it returns is run if the task is to, and not a function.
 
     In place of the body, so that what Celery wraps around it (``autoretry_for``) sees how it ends.
     """
-    function = _dump_if_awaited(run.__func__ if isinstance(run, staticmethod) else run, app, name)
+    run: Any = inspect.getattr_static(cls, "run")
+    function = _dump_if_awaited(run.__func__ if isinstance(run, staticmethod) else run, app, cls.name)
 
     @functools.wraps(function)
     def run_or_return(*args: Any, **kwargs: Any) -> Any:
         state = running.get()
         returned = function(*args, **kwargs)
-        if state is None or not state.awaits_body or not inspect.isawaitable(returned):
-            return returned  # the latter from a decorator that runs the coroutine itself
+        if state is None or not state.awaits_body or not isinstance(state.task, cls):
+            return returned
+        if not inspect.isawaitable(returned):
+            return returned  # from a decorator that runs the coroutine itself
         state.awaits_body = False
         task: Any = state.task
         return task._run_coroutine(returned)

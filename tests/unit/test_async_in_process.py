@@ -1387,6 +1387,46 @@ def test_a_decorator_that_runs_the_coroutine_itself_is_let_be(app: Celery) -> No
         assert double(3) == 6
 
 
+@pytest.mark.parametrize("called", ["as a function", "by run", "of the same class"])
+def test_a_decorator_that_calls_another_async_task_before_the_body_gets_a_coroutine(
+    app: Celery, run: Any, seen: list[Any], called: str
+) -> None:
+    class Prepare(BaseTask):
+        name = "prepare"
+
+        async def run(self) -> None:
+            seen.append("prepare")
+
+    class Check(Prepare):
+        name = "check"
+
+    prepare: Any = app.register_task(Prepare())
+    check: Any = app.register_task(Check())
+
+    def after_preparing(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            preparing = {"as a function": prepare, "by run": prepare.run, "of the same class": check}[called]()
+            returned = function(*args)
+
+            async def both() -> Any:
+                await preparing
+                return await returned
+
+            return both()
+
+        return call
+
+    @app.task(base=BaseTask, name="job")
+    @after_preparing
+    async def job(number: int) -> None:
+        seen.append(number)
+
+    run((job, ACME, 7), (check, ACME))
+
+    assert seen == ["prepare", 7, "prepare"]
+
+
 def test_a_subclass_may_have_a_body_that_is_not_async(app: Celery) -> None:
     class Slow(BaseTask):
         name = "slow"

@@ -16,7 +16,9 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
+from queue import Empty, SimpleQueue
 from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -155,11 +157,21 @@ def _of_runs(base: type[Any]) -> LoopFactory:
 
 
 class _LoopExecutor(ThreadPoolExecutor):
-    """For what a run calls in threads: all of its context and its request, not only what ``to_thread`` would copy."""
+    """For what a run calls in threads: all of its context and its request, not only what ``to_thread`` would copy.
+
+    A process ends without waiting for its threads, since one that a task has left may never end.  Those of
+    ThreadPoolExecutor, which asyncio insists on, are always waited for; so nothing is left of that but the interface.
+    """
 
     def __init__(self, max_workers: int | None = None, *, name: str = "rhesis-tasks") -> None:
         super().__init__(max_workers, thread_name_prefix=name)
+        self._name = name
+        self._most = max_workers or min(32, (os.cpu_count() or 1) + 4)  # as ThreadPoolExecutor's
+        self._started: list[threading.Thread] = []
         self._calls: set[Future[Any]] = set()
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._submitting = threading.Lock()
 
     @property
     def is_usable(self) -> bool:
@@ -174,10 +186,55 @@ class _LoopExecutor(ThreadPoolExecutor):
             with as_task():
                 return context.run(fn, *args, **kwargs)
 
-        called = super().submit(call)
-        self._calls.add(called)
-        called.add_done_callback(self._calls.discard)
+        called: Future[T] = Future()
+        with self._submitting:
+            if self._shutdown:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._calls.add(called)
+            called.add_done_callback(self._calls.discard)
+            self._queue.put((called, call))
+            if not self._idle.acquire(blocking=False) and len(self._started) < self._most:
+                name = f"{self._name}_{len(self._started)}"
+                # Not a method, so that threads do not keep an executor that nobody uses any more.
+                thread = threading.Thread(target=_call_all, args=(self._queue, self._idle), name=name, daemon=True)
+                thread.start()
+                self._started.append(thread)
         return called
+
+    @override
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._submitting:
+            self._shutdown = True
+            if cancel_futures:
+                with suppress(Empty):
+                    while True:
+                        if (item := self._queue.get_nowait()) is not None:
+                            item[0].cancel()
+            self._queue.put(None)
+        if wait:
+            for thread in self._started:
+                thread.join()
+
+    def __del__(self) -> None:
+        self._queue.put(None)
+
+
+def _call_all(queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], idle: threading.Semaphore) -> None:
+    """What each thread of an executor does."""
+    while (item := queue.get()) is not None:
+        _call(*item)
+        del item  # while it waits it keeps nothing
+        idle.release()
+    queue.put(None)  # for the next one
+
+
+def _call(called: Future[Any], call: Callable[[], Any]) -> None:
+    if called.set_running_or_notify_cancel():
+        try:
+            called.set_result(call())
+        except BaseException as error:
+            called.set_exception(error)
+            del called  # which has the error, which has this frame
 
 
 class _TaskLoop:
@@ -290,8 +347,7 @@ class _TaskLoop:
             loop.call_soon(loop.stop)
             loop.run_forever()  # for transports, which close when they are called back
         finally:
-            loop.close()
-            _open.discard(loop)
+            self._close(loop)
             for task in left:
                 if not task.done():
                     task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is in the log already
@@ -307,8 +363,12 @@ class _TaskLoop:
         except Exception as error:
             _log.debug("connections were not closed: %s", error)
         finally:
-            loop.close()
-            _open.discard(loop)
+            self._close(loop)
+
+    def _close(self, loop: RunLoop) -> None:
+        loop.close()
+        self._executor.shutdown(wait=False)  # the loop may have got another one
+        _open.discard(loop)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

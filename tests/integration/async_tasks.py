@@ -155,6 +155,12 @@ async def waits_for_a_thread(self: BaseTask) -> None:
     await asyncio.to_thread(time.sleep, 2)
 
 
+@app.task(base=BaseTask)
+async def gives_up_a_thread() -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.to_thread(threading.Event().wait), 0.1)  # which nobody sets
+
+
 # The same in tasks that are no coroutines.
 
 

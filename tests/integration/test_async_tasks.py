@@ -312,3 +312,22 @@ def test_a_worker_that_is_told_to_stop_lets_its_coroutine_end(
 
         assert rig.record(launched.id, A).result == "done"
         assert "Traceback" not in worker.output
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_that_is_told_to_stop_does_not_wait_for_a_thread_that_a_task_has_left(
+    tasks_and_database: tuple[Any, TenantDatabase], pool: str
+) -> None:
+    tasks, database = tasks_and_database
+    queue = f"stopping-left-{pool}"
+    env = {"DATABASE_URL": database.url}
+    with running_worker(
+        "async_tasks", cwd=HERE, pool=pool, concurrency=1, env=env, arguments=["-Q", queue, "-n", f"{queue}@test"]
+    ) as worker:
+        rig = Rig(tasks, worker, queue, database)
+        record = rig.run(A, tasks.gives_up_a_thread)
+        worker.process.send_signal(signal.SIGTERM)
+        wait_until("the worker to stop", lambda: not worker.running, TIMEOUT)
+
+        assert record.state == "success"
+        assert "Traceback" not in worker.finished_output()

@@ -25,6 +25,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 
 from rhesis_tasks import (
     BaseTask,
+    ContextThreadPoolExecutor,
     RetryPolicy,
     TenantContext,
     configure,
@@ -173,6 +174,28 @@ def test_every_way_to_start_a_coroutine_or_thread_has_the_context(app: Celery, r
     assert seen == [("acme", "of acme", next(iter(first)))] * 10
     assert first != {None}
     assert len(first) == 1
+
+
+@pytest.mark.parametrize("how", ["named", "the loop's default"])
+def test_an_executor_of_ones_own_carries_the_context_if_it_is_ours_or_the_function_is_wrapped(
+    app: Celery, run: Any, seen: list[Any], how: str
+) -> None:
+    def where() -> tuple[Any, ...]:
+        return organization(), job.request.id is not None
+
+    @app.task(base=BaseTask)
+    async def job() -> None:
+        loop = asyncio.get_running_loop()
+        for executor in (ContextThreadPoolExecutor(1), ThreadPoolExecutor(1)):
+            named = executor if how == "named" else None
+            if named is None:
+                loop.set_default_executor(executor)
+            seen.append(await loop.run_in_executor(named, where))
+            seen.append(await loop.run_in_executor(named, wrap(where)))
+
+    run((job, ACME))
+
+    assert seen == [("acme", True), ("acme", True), (None, False), ("acme", True)]
 
 
 def test_what_the_body_sets_is_gone_for_the_next_task(app: Celery, run: Any, seen: list[Any]) -> None:

@@ -222,10 +222,15 @@ class ContextTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         return super().signature_from_request(request, *args, **options)
 
     @override
-    def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """As Celery's; what comes after the task is for the same tenant, whatever scope the body is in."""
+    def retry(self, *arguments: Any, **options: Any) -> Any:
+        """As Celery's; what comes after the task is for the same tenant, whatever scope the body is in.
+
+        Raises:
+            NotSupportedError: the task has ended, or it is another one that runs.
+        """
+        self._refuse_when_ended("retry")
         with as_launched(self.request):
-            return super().retry(*args, **kwargs)
+            return super().retry(*arguments, **options)
 
     @override
     def replace(self, sig: Any) -> Any:

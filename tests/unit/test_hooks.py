@@ -706,7 +706,7 @@ def test_a_hook_cannot_have_the_task_run_again(
 
 
 @pytest.mark.parametrize("what", ["retry", "replace", "add_to_chord"])
-@pytest.mark.parametrize("ends", ["without a tenant", "by replace", "by Ignore", "by Reject"])
+@pytest.mark.parametrize("ends", ["without a tenant", "by replace", "by Ignore", "by Reject", "based on nothing"])
 def test_nothing_that_a_task_leaves_has_it_run_again_however_it_has_ended(
     app: Celery, work_off: Any, seen: list[Any], what: str, ends: str
 ) -> None:
@@ -722,14 +722,17 @@ def test_nothing_that_a_task_leaves_has_it_run_again_however_it_has_ended(
         except Exception as error:
             raised.append(error)
 
-    @app.task(base=BaseTask, bind=True, name="body", system=ends == "without a tenant")
+    is_system = ends == "without a tenant"
+    base: Any = {} if ends == "based on nothing" else {"base": BaseTask, "system": is_system}
+
+    @app.task(bind=True, name="body", **base)
     def body(self: Any) -> None:
         seen.append(self.request.retries)
         threads.append(threading.Thread(target=wrap(again), args=(self,)))
         threads[-1].start()
         if ends == "by replace":
             raise self.replace(other.si())
-        if ends != "without a tenant":
+        if ends in ("by Ignore", "by Reject"):
             raise {"by Ignore": Ignore, "by Reject": Reject}[ends]()
 
     @app.task(base=BaseTask, name="after", tenant_required=False)
@@ -737,7 +740,7 @@ def test_nothing_that_a_task_leaves_has_it_run_again_however_it_has_ended(
         go.set()
         threads[0].join(10)
 
-    with nullcontext() if ends == "without a tenant" else tenant_scope(ACME):
+    with nullcontext() if is_system else tenant_scope(ACME):
         body.delay()
         after.delay()
     ran = work_off(app)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .errors import MissingExtraError
+from .errors import ContextError, MissingExtraError
 from .headers import SENT_AT, find
 
 if TYPE_CHECKING:
@@ -168,7 +168,10 @@ _ALL: Final = ("success", "failure", "retry", "requeued", "ignored", "revoked")
 
 
 def _tenant_of(request: Any) -> str:
-    own = find(request.request_dict)
+    try:
+        own = find(request.request_dict)
+    except ContextError:
+        return NOBODY  # the headers contradict each other, or one of them cannot be read
     organization = own.get("organization_id") if isinstance(own, Mapping) else None
     return organization if isinstance(organization, str) else NOBODY
 

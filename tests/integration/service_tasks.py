@@ -35,6 +35,11 @@ def fail() -> None:
     raise ValueError("broken")
 
 
+@app.task(name="plain")
+def plain() -> None:
+    """Is no BaseTask, so that nobody asks whose it is."""
+
+
 @app.task(base=BaseTask, bind=True, name="retry_once", tenant_required=False)
 def retry_once(self: BaseTask) -> None:
     if self.request.retries == 0:

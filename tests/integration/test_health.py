@@ -17,7 +17,8 @@ from broker_rig import PostgresServer, TcpProxy, running_proxy, running_server
 from celery import Celery
 
 from rhesis_tasks import TenantContext, configure, tenant_scope, unconfigure
-from rhesis_tasks.metrics import OTHERS, Tenants
+from rhesis_tasks.headers import HEADER
+from rhesis_tasks.metrics import NOBODY, OTHERS, Tenants
 from rhesis_tasks.options import OPTIONS
 from rhesis_tasks.postgres.connection import Connection
 from rhesis_tasks.postgres.queue import MessageQueue
@@ -287,6 +288,34 @@ def test_tenants_have_figures_on_request_and_no_more_of_them_than_asked_for(star
 
     wait_until("all to be counted", lambda: (counted("acme"), counted(OTHERS)) == (3, 2), PATIENCE)
     assert counted("globex") is None
+
+
+@pytest.mark.parametrize("pool", ["solo", "prefork"])
+def test_messages_that_do_not_say_whose_they_are_are_counted_as_nobodys_and_acknowledged(
+    start: Start, database: TenantDatabase, pool: str
+) -> None:
+    with Celery("another", broker=database.url, set_as_current=False) as another:
+        for organization in ("globex", "acme"):
+            for name, args in (("plain", ()), ("add", (1, 1))):  # one asks for no tenant, the other one is refused
+                another.send_task(name, args, queue="services", headers={"organization_id": organization})
+    # As from another broker, since ours takes no message whose headers contradict each other.
+    add_header = "UPDATE rhesis_tasks.message SET envelope = jsonb_set(envelope::jsonb, '{{headers,{}}}', '{}')::json"
+    another_organization, a_newer_version = {"v": 1, "organization_id": "acme"}, {"v": 99, "organization_id": "acme"}
+    for organization, header in (("globex", another_organization), ("acme", a_newer_version)):
+        database.execute(f"{add_header.format(HEADER, json.dumps(header))} WHERE tenant = '{organization}'")
+
+    health = start(pool, METRICS_TENANTS="3")
+
+    def counted(outcome: str) -> float | None:
+        return health.figure("rhesis_tasks_tenant_attempts_total", tenant=NOBODY, outcome=outcome)
+
+    wait_until("all to be counted", lambda: (counted("success"), counted("failure")) == (2, 2), PATIENCE)
+    wait_until(
+        "all to be acknowledged",
+        lambda: health.figure("rhesis_tasks_queue_messages", queue="services", state="claimed") == 0,
+        PATIENCE,
+    )
+    assert health.worker.process.poll() is None
 
 
 def test_a_tenant_that_overtakes_another_takes_its_place() -> None:

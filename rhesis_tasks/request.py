@@ -49,7 +49,7 @@ _Request: Any = worker_request.Request  # the stubs leave out most of it
 
 
 class Observer(Protocol):
-    """What wants to know of attempts; it must not raise, and is called in whichever thread."""
+    """What wants to know of attempts; it is called in whichever thread, and what it raises is logged."""
 
     def started(self, request: Any) -> None:
         """The pool has begun with it."""
@@ -80,9 +80,11 @@ class ContextRequest(_Request):  # type: ignore[misc]
             @functools.wraps(own)
             def on_success(self: ContextRequest, failed__retval__runtime: Any, **kwargs: Any) -> Any:
                 failed, _, runtime = failed__retval__runtime
-                if not failed:
-                    self._count("success", runtime)
-                return own(self, failed__retval__runtime, **kwargs)
+                try:
+                    return own(self, failed__retval__runtime, **kwargs)
+                finally:
+                    if not failed:
+                        self._count("success", runtime)
 
             cls.on_success = on_success
 
@@ -147,13 +149,19 @@ class ContextRequest(_Request):  # type: ignore[misc]
             self._is_counted = True
             if runtime is None and self.time_start is not None:
                 runtime = max(0.0, time.time() - self.time_start)
-            self.observer.ended(self, outcome, runtime)
+            try:
+                self.observer.ended(self, outcome, runtime)
+            except Exception:  # which would keep Celery from acknowledging, or end a solo worker
+                _log.exception("the end of task %s[%s] is not counted", self.name, self.id)
 
     @override
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         super().on_accepted(pid, time_accepted)
         if self.observer is not None:
-            self.observer.started(self)
+            try:
+                self.observer.started(self)
+            except Exception:  # as above
+                _log.exception("the start of task %s[%s] is not counted", self.name, self.id)
 
     @override
     def revoked(self) -> bool:

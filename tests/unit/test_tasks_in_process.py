@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import Context, ContextVar
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, chain, chord
+from celery.concurrency.solo import TaskPool
 from celery.exceptions import Ignore, Reject, TimeLimitExceeded
 from celery.signals import task_failure, task_prerun, task_revoked
 from celery.worker import state as worker_state
+from celery.worker.request import create_request_cls
 
 from rhesis_tasks import (
     BaseTask,
@@ -984,3 +987,43 @@ def test_a_hard_time_limit_that_is_found_twice_is_told_once(app: Celery, seen: l
         task_failure.disconnect(receiver)
 
     assert sorted(seen) == ["acknowledged", "on_failure", "task_failure"]
+
+
+class CountsNothing:
+    """An observer that is broken."""
+
+    def started(self, request: Any) -> None:
+        raise ZeroDivisionError("started")
+
+    def ended(self, request: Any, outcome: str, runtime: float | None) -> None:
+        raise ZeroDivisionError(outcome)
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure"])
+def test_what_an_observer_raises_is_logged_and_keeps_no_task_from_being_acknowledged(
+    app: Celery, note: Any, seen: list[Any], caplog: pytest.LogCaptureFixture, outcome: str
+) -> None:
+    class Request(ContextRequest):
+        observer = CountsNothing()
+
+    with tenant_scope(ACME):
+        note.apply_async(task_id="counted")
+    with app.connection_for_read() as connection:
+        queue = app.amqp.queues[app.conf.task_default_queue].bind(connection.default_channel)
+        message = queue.get(no_ack=True)
+    in_worker = create_request_cls(Request, note, TaskPool(), "worker", None, app=app)
+    request = in_worker(message, app=app, task=note, on_ack=lambda *_: seen.append("acknowledged"))
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        failed = ExceptionInfo()
+
+    request.on_accepted(1, time.monotonic())
+    request.on_success((False, "done", 0.1) if outcome == "success" else (True, failed, 0.1))
+
+    assert seen == ["acknowledged"]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR" and record.exc_info]
+    assert [line for line in lines if "is not counted" in line] == [
+        f"the start of task {note.name}[counted] is not counted",
+        f"the end of task {note.name}[counted] is not counted",
+    ]

@@ -255,5 +255,20 @@ def _recorded(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]
     last = last_task(signature)
     if last is None or signature.get("subtask_type") not in COMPOSITES:
         return nullcontext()  # there is none, or its record is made when it is published, right away
+    task, conf = app.tasks.get(last["task"]), app.conf
+    if conf.task_always_eager or options.get("ignore_result") or ignores_result(last, task, conf.task_ignore_result):
+        return nullcontext()  # nobody would say how it has ended
     options["task_id"] = options.get("task_id") or uuid()
     return recorded(app, options["task_id"], last["task"])
+
+
+def ignores_result(signature: Mapping[str, Any], task: Task[Any, Any] | None, default: bool = False) -> bool:
+    """Whether the signature of a task says, or its task does, that no result is stored.
+
+    (With Celery 5.6 a signature cannot say otherwise than its task.)
+
+    Args:
+        default: what is meant if the task is not known.
+    """
+    by_task = default if task is None else task.ignore_result
+    return bool((signature.get("options") or {}).get("ignore_result") or by_task)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from celery import Celery, chain
+from celery import Celery, chain, chord
 from celery.app.task import Context
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.result import AsyncResult, GroupResult
@@ -177,6 +177,46 @@ def test_a_task_that_ignores_its_result_has_no_record(app: Celery, tenant_databa
         app.tasks["work"].apply_async(ignore_result=True)
 
     assert rows(tenant_database) == []
+
+
+def whole(app: Celery, kind: str, *, last: str = "work", **options: Any) -> Any:
+    """A chain or chord that ends in a task."""
+    part, end = app.signature("work", immutable=True), app.signature(last, immutable=True, options=options)
+    return chain(part, end, app=app) if kind == "chain" else chord([part], end, app=app)
+
+
+@pytest.mark.parametrize("kind", ["chain", "chord"])
+@pytest.mark.parametrize("by", ["the task", "its signature", "the launch", "the setting", "the setting, by name"])
+def test_what_ends_in_a_task_that_ignores_its_result_has_no_record(
+    make_app: MakeApp, tenant_database: TenantDatabase, kind: str, by: str
+) -> None:
+    app = with_tasks(make_app(task_ignore_result=by.startswith("the setting")))
+
+    @app.task(base=BaseTask, name="quiet", shared=False, ignore_result=True)
+    def quiet() -> None: ...
+
+    last = {"the task": "quiet", "the setting, by name": "another's"}.get(by, "work")
+    ignored = whole(app, kind, last=last, **({"ignore_result": True} if by == "its signature" else {}))
+    result = launch_with_context(ignored, context=ACME, options={"ignore_result": True} if by == "the launch" else None)
+
+    assert ("acme", result.id) not in rows(tenant_database)
+
+
+@pytest.mark.parametrize("kind", ["chain", "chord"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_runs_eagerly_is_on_record_as_it_has_ended_or_not_at_all(
+    make_app: MakeApp, tenant_database: TenantDatabase, kind: str, stored: bool
+) -> None:
+    app = with_tasks(make_app(task_always_eager=True, task_store_eager_result=stored))
+
+    @app.task(base=BaseTask, name="end", shared=False)
+    def end() -> str:
+        return "the end"
+
+    result = launch_with_context(whole(app, kind, last="end"), context=ACME)
+
+    found = rows(tenant_database, "SELECT name, task_id, state FROM rhesis_tasks.task_record WHERE name <> 'work'")
+    assert found == ([("end", result.id, "success")] if stored else [])
 
 
 def test_arguments_are_not_stored(app: Celery, tenant_database: TenantDatabase) -> None:

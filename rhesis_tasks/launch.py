@@ -21,7 +21,7 @@ from .canvas import COMPOSITES, Part, bound, bound_options, last_task, parts
 from .context import CurrentUser, TenantContext, current_tenant, resolve_tenant, same_tenant, tenant_scope
 from .errors import NotConfiguredError, NotSupportedError, TaskArgumentsError, TenantConflictError
 from .headers import HEADER
-from .propagation import carrier, installed_apps, is_installed, outgoing_envelope, recorded
+from .propagation import carrier, due, installed_apps, is_installed, outgoing_envelope, recorded
 from .task import BaseTask
 
 if TYPE_CHECKING:
@@ -259,7 +259,8 @@ def _recorded(app: Celery, signature: Mapping[str, Any], options: dict[str, Any]
     if conf.task_always_eager or options.get("ignore_result") or ignores_result(last, task, conf.task_ignore_result):
         return nullcontext()  # nobody would say how it has ended
     options["task_id"] = options.get("task_id") or uuid()
-    return recorded(app, options["task_id"], last["task"])
+    whole = {**(signature.get("options") or {}), **options}
+    return recorded(app, options["task_id"], last["task"], eta=due(whole.get("countdown"), whole.get("eta")))
 
 
 def ignores_result(signature: Mapping[str, Any], task: Task[Any, Any] | None, default: bool = False) -> bool:

@@ -53,6 +53,7 @@ __all__ = [
     "begin",
     "carried_header",
     "carrier",
+    "due",
     "for_launch",
     "install",
     "installed_apps",
@@ -146,7 +147,7 @@ def install(app: Celery, signer: Signer | None = None, *, launch_records: bool =
         with (
             _NOTHING if signer is None else _signing(app, signer, producer, connection) as signing,
             _NOTHING if envelope.tenant is current_tenant() else exactly(envelope.tenant),
-            _launching(app, task_id, name, _due(countdown, eta), options, producer, connection)
+            _launching(app, task_id, name, due(countdown, eta), options, producer, connection)
             if keeps_record
             else _NOTHING,
         ):
@@ -396,7 +397,7 @@ def _launching(
     return found
 
 
-def _due(countdown: Any, eta: Any) -> datetime | None:
+def due(countdown: Any, eta: Any) -> datetime | None:
     """When a task is due, if that is later: as Celery's workers see it, who take a time without a zone for UTC."""
     now = datetime.now(UTC)
     if countdown:

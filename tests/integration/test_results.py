@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,18 @@ def test_what_runs_eagerly_is_on_record_as_it_has_ended_or_not_at_all(
 
     found = rows(tenant_database, "SELECT name, task_id, state FROM rhesis_tasks.task_record WHERE name <> 'work'")
     assert found == ([("end", result.id, "success")] if stored else [])
+
+
+@pytest.mark.parametrize("kind", ["chain", "chord"])
+@pytest.mark.parametrize("options", [{"countdown": 3600}, {"eta": datetime.now(UTC) + timedelta(hours=1)}])
+def test_a_chain_or_chord_that_is_not_to_be_begun_yet_is_delayed(
+    app: Celery, backend: PostgresBackend, kind: str, options: dict[str, Any]
+) -> None:
+    result = launch_with_context(whole(app, kind), context=ACME, options=options)
+
+    record = record_of(backend, ACME, result.id)
+    assert record.state == State.DELAYED
+    assert record.eta is not None and timedelta(minutes=50) < record.eta - datetime.now(UTC) < timedelta(minutes=61)
 
 
 def test_arguments_are_not_stored(app: Celery, tenant_database: TenantDatabase) -> None:

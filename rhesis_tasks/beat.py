@@ -23,7 +23,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from celery.canvas import Signature
-from celery.local import Proxy
+from celery.local import PromiseProxy, Proxy
 from celery.schedules import BaseSchedule, crontab, maybe_schedule
 from celery.schedules import schedule as interval
 from kombu.exceptions import OperationalError as BrokerError
@@ -31,7 +31,7 @@ from sqlalchemy import Executable, Row, text
 from sqlalchemy.exc import DBAPIError
 from typing_extensions import override
 
-from .canvas import COMPOSITES, last_task
+from .canvas import COMPOSITES, last_task, parts
 from .context import TenantContext
 from .errors import (
     ConfigurationError,
@@ -42,7 +42,7 @@ from .errors import (
     TaskArgumentsError,
     TenantLaunchError,
 )
-from .launch import launch_with_context, misspelt_option
+from .launch import check_arguments, configured_app, launch, misspelt_option
 from .postgres.schedules import ScheduleTable
 from .propagation import is_installed
 from .retry import RetryPolicy
@@ -119,6 +119,8 @@ def each_tenant(
 
     Raises:
         ConfigurationError: something of it cannot be, or the name is taken.
+        TaskArgumentsError: the arguments do not fit the task.  Raised as the application is completed, if the task is
+            made then.
         NotConfiguredError: the application was not configured.
     """
     if not is_installed(app):
@@ -143,6 +145,7 @@ def each_tenant(
             f"spread={spread:g} is not shorter than the period of schedule {name!r}, so that runs would wait for the "
             "next tick, and be skipped there"
         )
+    _when_made(task, lambda: _check_runs(wanted))
     if not known:
         app.task(name=TASK_NAME, base=_EachTenant, bind=True, shared=False)(_launch_for_each)
     known[name] = wanted
@@ -204,6 +207,30 @@ def _checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ConfigurationError(f"kwargs= is a mapping of arguments by their names, not {type(kwargs).__name__}")
     return dict(kwargs or {})
+
+
+def _when_made(task: Any, call: Callable[[], None]) -> None:
+    """Call something once a task is made: now, or as the application is completed.
+
+    Not at all if only its name is known, or it is one of any application (``shared_task``).
+    """
+    kind = type(task)  # since isinstance() would make it
+    if issubclass(kind, PromiseProxy):
+        task.__then__(call)
+    elif not issubclass(kind, str | Proxy):
+        call()
+
+
+def _check_runs(schedule: _TenantSchedule) -> None:
+    """Refuse what each run would trip over, as far as its tasks are known while the application is not complete."""
+    signature = _signature(schedule.task)
+    made = ((part.signature["task"], getattr(part.signature, "_type", None)) for part in parts(signature))
+    tasks = {name: task for name, task in made if task is not None}  # without those of which the name is known only
+    check_arguments(signature, schedule.args, schedule.kwargs, tasks)
+
+
+def _signature(task: Task[Any, Any] | Signature[Any]) -> Signature[Any]:
+    return task.clone() if isinstance(task, Signature) else task.signature((), {})
 
 
 def _checked_options(options: Mapping[str, Any], spread: float) -> dict[str, Any]:
@@ -403,12 +430,11 @@ class _Fanout:
             eta = self._due + timedelta(seconds=schedule.spread * _place(self._key, tenant.organization_id))
             if eta > datetime.now(UTC):
                 options["eta"] = eta
-        task = self._app.tasks[schedule.task] if isinstance(schedule.task, str) else schedule.task
-        signature = task.clone() if isinstance(task, Signature) else task.signature((), {})
+        signature = _signature(self._app.tasks[schedule.task] if isinstance(schedule.task, str) else schedule.task)
         if signature.get("subtask_type") not in COMPOSITES:
             # Not one of thousands of children of a task of nobody's.
             options |= {"root_id": task_id, "add_to_parent": False}
-        launch_with_context(signature, *schedule.args, context=tenant, options=options, **schedule.kwargs)
+        launch(configured_app(signature), signature, schedule.args, dict(schedule.kwargs), tenant, options)
 
     def _task_id(self, organization_id: str) -> str:
         """The same whenever it is asked for."""

@@ -6,7 +6,7 @@ import asyncio
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +27,14 @@ from .task import BaseTask
 if TYPE_CHECKING:
     from celery.result import AsyncResult
 
-__all__ = ["alaunch_with_context", "launch_with_context", "misspelt_option"]
+__all__ = [
+    "alaunch_with_context",
+    "check_arguments",
+    "configured_app",
+    "launch",
+    "launch_with_context",
+    "misspelt_option",
+]
 
 _OURS: Final = ("current_user", "context", "session", "idempotency_key", "options")
 # Of a message, beyond what Celery and kombu have as parameters: AMQP's properties, and what Celery's sender takes.
@@ -75,12 +82,7 @@ def launch_with_context(
         NotConfiguredError: the task's application was not configured.
     """
     target = _evaluated(task_or_signature)
-    app = _app_of(target)
-    if not is_installed(app):
-        raise NotConfiguredError(
-            f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after "
-            "Celery(...)"
-        )
+    app = configured_app(target)
     if session is not None or idempotency_key is not None:
         raise NotSupportedError(
             "session= and idempotency_key= are reserved: they need a broker that takes part in the database "
@@ -94,8 +96,24 @@ def launch_with_context(
         raise TaskArgumentsError(wrong)
     signature, args, kwargs = _signature_of(target, args, kwargs)
     tenant = resolve_tenant(context=context, current_user=current_user)
+    return launch(app, signature, args, kwargs, tenant, options or {})
+
+
+def launch(
+    app: Celery,
+    signature: Signature[Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tenant: TenantContext | None,
+    options: Mapping[str, Any],
+) -> AsyncResult[Any]:
+    """Launch a signature with further arguments, whatever they are called, for a tenant.
+
+    Raises:
+        MissingTenantError, TenantConflictError, TaskArgumentsError: as :func:`launch_with_context`.
+    """
     with tenant_scope(tenant) if tenant else nullcontext():
-        launch_options = dict(options or {})
+        launch_options = dict(options)
         # The options of the launch replace those of the signature, headers included.
         whole = {**signature, "options": {**(signature.get("options") or {}), **launch_options}}
         _check_parts(app, whole, args, kwargs)
@@ -166,8 +184,12 @@ def _evaluated(target: Any) -> Any:
     )
 
 
-def _app_of(target: Any) -> Celery:
-    """The application of a task or signature.  One that was stored as JSON does not know its own."""
+def configured_app(target: Any) -> Celery:
+    """The application of a task or signature.  One that was stored as JSON does not know its own.
+
+    Raises:
+        NotConfiguredError: it was not configured.
+    """
     app: Celery = target.app
     if isinstance(app, Proxy):
         app = app._get_current_object()
@@ -175,6 +197,11 @@ def _app_of(target: Any) -> Celery:
         configured = installed_apps()
         if len(configured) == 1:
             return configured[0]
+    if not is_installed(app):
+        raise NotConfiguredError(
+            f"application {app.main!r} is not configured.  Call rhesis_tasks.configure(app, ...) right after "
+            "Celery(...)"
+        )
     return app
 
 
@@ -199,13 +226,8 @@ def _signature_of(
 
 def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse the whole, as launched with these further arguments, before any part is published."""
-    given: int | None = len(args)
-    if kwargs and signature.get("subtask_type") in COMPOSITES:
-        given = None  # Celery alone knows which parts get them
-    elif kwargs and not signature.get("immutable"):
-        signature = {**signature, "kwargs": {**signature["kwargs"], **kwargs}}
     launcher = current_tenant()
-    for part in parts(signature, given):
+    for part in _parts_as_launched(signature, args, kwargs):
         name = part.signature["task"]
         headers = (part.signature.get("options") or {}).get("headers")
         task = app.tasks.get(name)
@@ -219,14 +241,42 @@ def _check_parts(app: Celery, signature: Mapping[str, Any], args: tuple[Any, ...
             )
         if isinstance(task, BaseTask):
             task.check_launch(named)
-        if task is not None and part.given is not None and part.signature.get("subtask_type") not in COMPOSITES:
-            _check_arguments(task, part)
+        _check_arguments(task, part)
 
 
-def _check_arguments(task: Task[Any, Any], part: Part) -> None:
+def check_arguments(
+    signature: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tasks: Mapping[str, Task[Any, Any]],
+) -> None:
+    """Raise TaskArgumentsError if those of a part do not fit its task.
+
+    Args:
+        args: with which the whole is to be launched, besides its own; so ``kwargs``.
+        tasks: those that are known; parts of others are left alone.
+    """
+    for part in _parts_as_launched(signature, args, kwargs):
+        _check_arguments(tasks.get(part.signature["task"]), part)
+
+
+def _parts_as_launched(
+    signature: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[Part]:
+    given: int | None = len(args)
+    if kwargs and signature.get("subtask_type") in COMPOSITES:
+        given = None  # Celery alone knows which parts get them
+    elif kwargs and not signature.get("immutable"):
+        signature = {**signature, "kwargs": {**signature["kwargs"], **kwargs}}
+    return parts(signature, given)
+
+
+def _check_arguments(task: Task[Any, Any] | None, part: Part) -> None:
     """Raise TaskArgumentsError if a part's arguments do not fit its task."""
     check = getattr(task, "__header__", None)
-    if not task.typing or check is None:
+    if task is None or not task.typing or check is None:
+        return
+    if part.given is None or part.signature.get("subtask_type") in COMPOSITES:
         return
     before = () if part.signature.get("immutable") else (None,) * (part.given or 0)
     args, kwargs = part.signature.get("args") or (), part.signature.get("kwargs") or {}

@@ -496,6 +496,23 @@ def test_a_chain_runs_until_its_last_task_has_ended(app: Celery, tenant_database
     assert run(app, due=TODAY + timedelta(days=1)) == {"launched": 1}
 
 
+@pytest.mark.parametrize("name", ["context", "current_user", "session", "idempotency_key", "options"])
+@pytest.mark.parametrize("kind", ["task", "chain"])
+def test_a_tasks_argument_may_have_any_name(app: Celery, tenant_database: TenantDatabase, name: str, kind: str) -> None:
+    @app.task(base=BaseTask, name="report", shared=False)
+    def report(
+        context: str = "", current_user: str = "", session: str = "", idempotency_key: str = "", options: str = ""
+    ) -> None: ...
+
+    task = report if kind == "task" else chain(report.s(), app.signature("digest"))
+    each_tenant(app, "daily", task, schedule=DAY, tenants=lambda: ["acme"], kwargs={name: "weekly"})
+
+    assert run(app) == {"launched": 1}
+    with tenant_database.owner.connect() as connection:
+        body = connection.scalar(text("SELECT convert_from(body, 'UTF8') FROM rhesis_tasks.message"))
+    assert json.loads(body)[1] == {name: "weekly"}
+
+
 ORGANIZATION = (
     "CREATE TABLE organization (organization_id text PRIMARY KEY)",
     "INSERT INTO organization VALUES ('acme'), ('globex')",

@@ -9,11 +9,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery, chain, group
+from celery.local import Proxy
 from celery.schedules import crontab, schedule
 
 from rhesis_tasks import BaseTask, configure, unconfigure
 from rhesis_tasks.beat import TASK_NAME, each_tenant, latest_tick, tick_to_run
-from rhesis_tasks.errors import ConfigurationError, NotConfiguredError
+from rhesis_tasks.errors import ConfigurationError, NotConfiguredError, TaskArgumentsError
 
 
 @pytest.fixture
@@ -130,11 +131,13 @@ def test_beat_gets_one_entry_and_the_tasks_stay_unmade(app: Celery) -> None:
 
     each_tenant(app, "digests", digest, schedule=60, tenants=list, spread=30)
     each_tenant(app, "more", "a.task", schedule=crontab(hour=3), tenants="SELECT 1")
+    each_tenant(app, "shared", Proxy(lambda: pytest.fail("it is made")), schedule=60, tenants=list)  # by shared_task
 
     assert not app.finalized
     assert {name: (entry["task"], entry["kwargs"]) for name, entry in app.conf.beat_schedule.items()} == {
         "digests": (TASK_NAME, {"schedule_name": "digests"}),
         "more": (TASK_NAME, {"schedule_name": "more"}),
+        "shared": (TASK_NAME, {"schedule_name": "shared"}),
     }
     assert TASK_NAME in app.tasks
 
@@ -184,6 +187,58 @@ def test_a_schedule_that_cannot_be_is_refused_where_it_is_made(app: Celery, wron
         each_tenant(app, **(good | wrong))
 
     assert set(app.conf.beat_schedule) == {"taken"}
+
+
+@pytest.fixture
+def tasks(app: Celery) -> dict[str, Any]:
+    """A task with an argument, and one that ignores its result."""
+
+    @app.task(base=BaseTask, name="report", bind=True, shared=False)
+    def report(self: BaseTask, kind: str) -> None: ...
+
+    @app.task(base=BaseTask, name="quiet", ignore_result=True, shared=False)
+    def quiet() -> None: ...
+
+    return {"report": report, "quiet": quiet}
+
+
+WRONG_ARGUMENTS: dict[str, Any] = {
+    "none": {},
+    "too many": {"args": ("full", "long")},
+    "misspelt": {"kwargs": {"knid": "full"}},
+    "twice": {"args": ("full",), "kwargs": {"kind": "full"}},
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+@pytest.mark.parametrize("kind", ["task", "signature"])
+def test_arguments_that_do_not_fit_the_task_are_refused_where_the_schedule_is_made(
+    app: Celery, tasks: dict[str, Any], kind: str, arguments: dict[str, Any]
+) -> None:
+    app.finalize()
+    task = tasks["report"] if kind == "task" else tasks["report"].s()
+
+    with pytest.raises(TaskArgumentsError, match="task report is called as report"):
+        each_tenant(app, "a", task, schedule=60, tenants=list, **arguments)
+
+    each_tenant(app, "a", task, schedule=60, tenants=list, kwargs={"kind": "full"})
+
+
+def test_arguments_that_do_not_fit_a_task_that_is_not_made_yet_are_refused_as_it_is_made(
+    app: Celery, tasks: dict[str, Any]
+) -> None:
+    each_tenant(app, "a", tasks["report"], schedule=60, tenants=list, kwargs={"knid": "full"})
+    assert not app.finalized
+
+    with pytest.raises(TaskArgumentsError, match="knid"):
+        app.finalize()
+
+
+def test_a_part_of_a_chain_whose_arguments_do_not_fit_is_refused(app: Celery, tasks: dict[str, Any]) -> None:
+    whole = chain(tasks["quiet"].si(), tasks["report"].si())
+
+    with pytest.raises(TaskArgumentsError, match="report is called as"):
+        each_tenant(app, "a", whole, schedule=60, tenants=list)
 
 
 def test_an_application_that_is_not_configured_has_no_schedules_for_tenants() -> None:

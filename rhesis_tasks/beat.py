@@ -42,7 +42,7 @@ from .errors import (
     TaskArgumentsError,
     TenantLaunchError,
 )
-from .launch import check_arguments, configured_app, launch, misspelt_option
+from .launch import check_arguments, configured_app, ignores_result, launch, misspelt_option
 from .postgres.schedules import ScheduleTable
 from .propagation import is_installed
 from .retry import RetryPolicy
@@ -227,10 +227,24 @@ def _check_runs(schedule: _TenantSchedule) -> None:
     made = ((part.signature["task"], getattr(part.signature, "_type", None)) for part in parts(signature))
     tasks = {name: task for name, task in made if task is not None}  # without those of which the name is known only
     check_arguments(signature, schedule.args, schedule.kwargs, tasks)
+    _check_end(schedule, tasks)
 
 
 def _signature(task: Task[Any, Any] | Signature[Any]) -> Signature[Any]:
     return task.clone() if isinstance(task, Signature) else task.signature((), {})
+
+
+def _check_end(schedule: _TenantSchedule, tasks: Mapping[str, Task[Any, Any]]) -> None:
+    """Raise ConfigurationError for a chain or chord of which there would be no record that says when it has ended."""
+    task = schedule.task
+    if not isinstance(task, Signature) or task.get("subtask_type") not in COMPOSITES:
+        return
+    last = last_task(task)
+    if last is not None and (schedule.options.get("ignore_result") or ignores_result(last, tasks.get(last["task"]))):
+        raise ConfigurationError(
+            f"schedule {schedule.name!r} runs a chain or chord whose last task, {last['task']}, ignores its result, so "
+            "that there is no record of when it has ended.  Let it keep its result, or another task be the last one"
+        )
 
 
 def _checked_options(options: Mapping[str, Any], spread: float) -> dict[str, Any]:
@@ -452,6 +466,7 @@ def _table(app: Celery, schedule: _TenantSchedule) -> ScheduleTable:
             f"schedule {schedule.name!r} remembers what it has launched next to the results, which are not in "
             "PostgreSQL.  Set DATABASE_URL, or result_backend= to PostgreSQL"
         )
+    _check_end(schedule, app.tasks)
     # What is delivered until it is done, and is one message, runs as long as there is that message.
     task = app.tasks.get(schedule.task) if isinstance(schedule.task, str) else schedule.task
     if isinstance(task, Signature):

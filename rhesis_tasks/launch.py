@@ -31,6 +31,7 @@ __all__ = [
     "alaunch_with_context",
     "check_arguments",
     "configured_app",
+    "ignores_result",
     "launch",
     "launch_with_context",
     "misspelt_option",

@@ -496,6 +496,33 @@ def test_a_chain_runs_until_its_last_task_has_ended(app: Celery, tenant_database
     assert run(app, due=TODAY + timedelta(days=1)) == {"launched": 1}
 
 
+def test_a_chain_that_ends_in_a_task_known_by_its_name_is_refused_once_that_ignores_its_result(
+    app: Celery, tenant_database: TenantDatabase
+) -> None:
+    whole = chain(app.signature("digest", ("a",)), app.signature("quiet"))
+    each_tenant(app, "daily", whole, schedule=DAY, tenants=lambda: ["acme"])
+
+    @app.task(base=BaseTask, name="quiet", ignore_result=True, shared=False)
+    def quiet() -> None: ...
+
+    with pytest.raises(ConfigurationError, match="quiet, ignores its result"):
+        app.tasks[TASK_NAME].apply_async(kwargs={"schedule_name": "daily"})
+    with pytest.raises(ConfigurationError, match="quiet, ignores its result"):
+        run(app)
+    assert waiting(tenant_database, None) == {}
+
+
+def test_a_single_task_that_ignores_its_result_runs_as_long_as_there_is_its_message(
+    app: Celery, tenant_database: TenantDatabase
+) -> None:
+    daily(app, lambda: ["acme"], options={"ignore_result": True})
+
+    assert run(app, due=TODAY - timedelta(days=1)) == {"launched": 1}
+    assert run(app) == {"skipped": 1}
+    tenant_database.execute("DELETE FROM rhesis_tasks.message")  # it has ended
+    assert run(app, due=TODAY + timedelta(days=1)) == {"launched": 1}
+
+
 @pytest.mark.parametrize("name", ["context", "current_user", "session", "idempotency_key", "options"])
 @pytest.mark.parametrize("kind", ["task", "chain"])
 def test_a_tasks_argument_may_have_any_name(app: Celery, tenant_database: TenantDatabase, name: str, kind: str) -> None:

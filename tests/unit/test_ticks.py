@@ -8,7 +8,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from celery import Celery, chain, group
+from celery import Celery, chain, chord, group
 from celery.local import Proxy
 from celery.schedules import crontab, schedule
 
@@ -200,6 +200,23 @@ def tasks(app: Celery) -> dict[str, Any]:
     def quiet() -> None: ...
 
     return {"report": report, "quiet": quiet}
+
+
+@pytest.mark.parametrize("by", ["the task", "its signature", "the options"])
+@pytest.mark.parametrize("kind", ["chain", "chord"])
+def test_a_chain_or_chord_whose_end_nobody_would_know_is_refused(
+    app: Celery, tasks: dict[str, Any], kind: str, by: str
+) -> None:
+    report, quiet = tasks["report"].si("full"), tasks["quiet"].si()
+    last = {"the task": quiet, "its signature": report.set(ignore_result=True), "the options": report}[by]
+    whole = chain(report.clone(), last) if kind == "chain" else chord([report.clone()], last)
+    options = {"ignore_result": True} if by == "the options" else {}
+
+    with pytest.raises(ConfigurationError, match=f"{last['task']}, ignores its result"):
+        each_tenant(app, "a", whole, schedule=60, tenants=list, options=options)
+
+    each_tenant(app, "a", tasks["quiet"], schedule=60, tenants=list, options={"ignore_result": True})
+    each_tenant(app, "b", chain(quiet, report.set(ignore_result=False)), schedule=60, tenants=list)
 
 
 WRONG_ARGUMENTS: dict[str, Any] = {

@@ -7,10 +7,23 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from celery.utils.dispatch import Signal
+
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["REDACTED", "Redact", "reason_of", "redact_exception", "redact_text", "redacts", "text_of", "use_redaction"]
+__all__ = [
+    "CUT_OFF",
+    "REDACTED",
+    "Redact",
+    "reason_of",
+    "redact_exception",
+    "redact_text",
+    "redacts",
+    "task_cut_off",
+    "text_of",
+    "use_redaction",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +31,17 @@ Redact: TypeAlias = Callable[[str], str]
 
 REDACTED: Final = "[redacted]"
 """What is kept of a text that ``redact=`` failed for."""
+
+CUT_OFF: Final = "a task before it in its chain failed, and it was not run"
+"""Why the rest of a chain has failed."""
+
+task_cut_off: Final = Signal(
+    name="rhesis_tasks.task_cut_off", providing_args=["signature", "error", "reason", "root_id"]
+)
+"""A task of a canvas has failed without having begun, since another one has.  Sent in its context.
+
+A signal, since the result backend knows nothing of hooks.
+"""
 
 # Failures that no retry policy was asked about, by their exceptions' names, since a result backend has no more of them.
 _REASONS: Final[Mapping[str, str]] = {

@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -27,9 +28,9 @@ from celery.backends.base import Backend
 from celery.exceptions import Reject
 from celery.signals import task_postrun
 
-from .context import TenantContext
+from .context import TenantContext, current_tenant
 from .errors import ConfigurationError, HookTimeoutError, TaskDefinitionError
-from .failures import redact_exception, redact_text
+from .failures import redact_exception, redact_text, task_cut_off
 from .headers import RequestState, capture, keep_state, state_of
 from .loops import run_coroutine
 from .outcomes import TaskOutcome, log_outcome, log_requeued, named, outcome_of, with_traceback
@@ -314,10 +315,13 @@ def _ended(sender: Task[Any, Any], state: str | None = None, retval: Any = None,
 
 def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
     """Let a worker of the task's queue run the hooks, at least once; nothing if there are none."""
+    _publish(outcome, _destination(request.delivery_info or {}))
+
+
+def _publish(outcome: TaskOutcome, destination: Mapping[str, Any]) -> None:
     task = outcome.task
     if outcome.tenant is None or next(_hooks(task, outcome.state, outcome.error), None) is None:
         return
-    delivery: Mapping[str, Any] = request.delivery_info or {}
     error: Any = outcome.error
     told = {
         "task": outcome.name,
@@ -331,7 +335,7 @@ def publish_hooks(outcome: TaskOutcome, request: Context) -> None:
         "countdown": outcome.countdown,
         "duration": outcome.duration,
     }
-    task.app.tasks[RUN_HOOKS].apply_async((told,), **_destination(delivery))
+    task.app.tasks[RUN_HOOKS].apply_async((told,), **destination)
 
 
 def _destination(delivery: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,6 +344,45 @@ def _destination(delivery: Mapping[str, Any]) -> dict[str, Any]:
     if not exchange:
         return {"queue": routing_key} if routing_key else {}
     return {"exchange": exchange, "routing_key": routing_key}
+
+
+def _cut_off(
+    sender: Celery,
+    signature: Mapping[str, Any],
+    error: BaseException,
+    reason: str | None,
+    root_id: str | None,
+    **_: Any,
+) -> None:
+    """task_cut_off, in the context of the task that never begins: wherever that is found out."""
+    task = sender.tasks.get(signature["task"]) if is_installed(sender) else None
+    if task is None:
+        return
+    outcome = TaskOutcome(
+        task=task,
+        task_id=signature["options"]["task_id"],
+        root_id=root_id,
+        tenant=current_tenant(),
+        state=State.FAILURE,
+        error=error,
+        reason=reason,
+    )
+    with _as_ended(outcome):
+        log_outcome(outcome, has_traceback=False)
+        try:
+            _publish(outcome, _route(task, signature))
+        except Exception:
+            _log.exception("the hooks of task %s[%s] cannot be run", outcome.name, outcome.task_id)
+
+
+def _route(task: Any, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """To where the message of a task would have gone."""
+    options = signature.get("options") or {}
+    names = ("queue", "exchange", "routing_key")
+    asked = {name: options.get(name) or getattr(task, name, None) for name in names}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    route = task.app.amqp.router.route(asked, task.name, signature.get("args"), signature.get("kwargs"), task)
+    return {name: route[name] for name in names if route.get(name) is not None}
 
 
 def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -> None:
@@ -360,7 +403,14 @@ def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -
         countdown=told.get("countdown"),
         duration=told["duration"],
     )
-    task = outcome.task
+    with _as_ended(outcome):
+        run_hooks(outcome)
+
+
+@contextmanager
+def _as_ended(outcome: TaskOutcome) -> Iterator[None]:
+    """In the running context, with a request as the task would have had when it ended."""
+    task, tenant = outcome.task, outcome.tenant
     request = Context(
         id=outcome.task_id,
         task=outcome.name,
@@ -368,15 +418,15 @@ def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -
         retries=outcome.retries,
         called_directly=False,
         delivery_info={},
-        organization_id=tenant.organization_id,
-        user_id=tenant.user_id,
+        organization_id=tenant and tenant.organization_id,
+        user_id=tenant and tenant.user_id,
     )
     state = RequestState(task=task, activation=None, envelope=capture(), tenant=tenant, is_running=True, has_ended=True)
     keep_state(request, state)
     _task_stack.push(task)
     task.request_stack.push(request)
     try:
-        run_hooks(outcome)
+        yield
     finally:
         task.request_stack.pop()
         _task_stack.pop()
@@ -385,8 +435,10 @@ def run_published(app: Celery, told: Mapping[str, Any], tenant: TenantContext) -
 def install() -> None:
     """Run hooks from now on; again it changes nothing."""
     task_postrun.connect(_ended, weak=False, dispatch_uid=_UID)
+    task_cut_off.connect(_cut_off, weak=False, dispatch_uid=_UID)
 
 
 def uninstall() -> None:
     """Undo :func:`install`."""
     task_postrun.disconnect(dispatch_uid=_UID)
+    task_cut_off.disconnect(dispatch_uid=_UID)

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from celery._state import get_current_task
@@ -29,7 +29,7 @@ from kombu.utils.encoding import ensure_bytes
 
 from ..context import TenantContext, current_tenant, exactly, require_tenant
 from ..errors import ContextError, DatabaseUnavailableError, DeadLetterError, MissingTenantError, SignatureError
-from ..failures import reason_of, redact_exception, redact_text, redacts
+from ..failures import CUT_OFF, reason_of, redact_exception, redact_text, redacts, task_cut_off
 from ..headers import Progress, carried_by, decode, find, state_of
 from ..settings import database_url, is_postgresql, rendered, schema_name
 from ..states import TERMINAL, State, Transition, bury, by_celery, expire, to_celery
@@ -213,7 +213,7 @@ class PostgresBackend(DatabaseBackend):
         if state in self.EXCEPTION_STATES:
             traceback = traceback and redact_text(self.app, traceback)
             error_type, error_message = _error(result)
-            reason = (known and known.reason) or (reason_of(error_type) if state == "FAILURE" else None)
+            reason = (known and known.reason) or (_reason(request, error_type) if state == "FAILURE" else None)
         transition = _transition(state, error_type, error_message)
         is_custom = to_celery(transition.target) != state
         children = None
@@ -322,6 +322,49 @@ class PostgresBackend(DatabaseBackend):
         """
         with exactly(_tenant_of(request)):
             super().mark_as_failure(task_id, exc, traceback, request, store_result, call_errbacks, state)
+            rest = getattr(request, "chain", None)  # of a task that the worker does not know it is not there
+            if isinstance(rest, list | tuple) and rest:
+                known = state_of(request)
+                is_told = state == "FAILURE" and (known is None or known.refusal is None)
+                self._cut_off(rest[0], exc, state, request, is_stored=store_result, is_told=is_told)
+
+    def _cut_off(
+        self,
+        signature: Mapping[str, Any],
+        error: Exception,
+        state: str,
+        cause: Context,
+        *,
+        is_stored: bool = True,
+        is_told: bool = True,
+    ) -> None:
+        """End the last task of what never begins, whose id whoever has launched the whole knows, and tell of it.
+
+        Celery ends the tasks of a chain and the body of a chord, but not all that they are made of, and nothing after a
+        task that ignores its result.
+
+        Args:
+            signature: the end of a chain, or a chord's body.
+            cause: the request of the task that has ended otherwise than it should have.
+            is_stored: Celery has ended that, if it is a task.
+        """
+        last = _last_task(signature)
+        task_id = None if last is None else (last.get("options") or {}).get("task_id")
+        if last is None or not task_id:
+            return
+        request = _request_of(last)
+        if last is not signature or not is_stored:
+            self.store_result(task_id, error, state, request=request)
+            if request.chord:
+                self.on_chord_part_return(request, state, error)
+        if not is_told:
+            return
+        row = _outlasting(lambda: self.records.get(_organization(_tenant_of(request)), task_id), task_id)
+        if row is None or State(row["state"]) not in (State.FAILURE, State.DEAD):
+            return  # or it was cancelled before
+        with suppress(ContextError), _as_bound(last):
+            more = {"reason": row["failure_reason"], "root_id": cause.root_id or row["root_id"]}
+            task_cut_off.send(sender=self.app, signature=last, error=error, **more)
 
     def _call_task_errbacks(self, request: Any, exc: Exception, traceback: str | None) -> None:
         """As Celery's, each callback for whom its own header says: those that take three arguments are called here."""
@@ -554,7 +597,7 @@ class PostgresBackend(DatabaseBackend):
 
         def end() -> None:
             if self.records.end_chord_part(part):
-                self._complete_chord(_owner_of_chord(body), part.group_id, body)
+                self._complete_chord(_owner_of_chord(body), part.group_id, body, request)
 
         _outlasting(end, request.id)
 
@@ -565,20 +608,20 @@ class PostgresBackend(DatabaseBackend):
         payload = ensure_bytes(self.encode(self.encode_result(result, state)))
         return EndedPart(_organization(owner), request.group, request.id, request.group_index, state, payload)
 
-    def _complete_chord(self, owner: TenantContext | None, group_id: str, body: Any) -> None:
+    def _complete_chord(self, owner: TenantContext | None, group_id: str, body: Any, part: Any) -> None:
         with self.records.completing_chord(_organization(owner), group_id) as parts, exactly(owner):
             if not parts:
                 return
-            self._launch_body(group_id, parts, body)
+            self._launch_body(group_id, parts, body, part)
         if body.id:  # whoever waits for it began to before it was on record
             self.records.call_who_waits(_organization(owner), body.id)
 
-    def _launch_body(self, group_id: str, parts: Sequence[ChordPart], body: Any) -> None:
+    def _launch_body(self, group_id: str, parts: Sequence[ChordPart], body: Any, part: Any) -> None:
         try:
             results = self._results_of_chord(group_id, parts)
         except ChordError as error:
             _log.error("chord %s: %s", group_id, error)
-            self._fail_chord(body, error)
+            self._fail_chord(body, error, part)
             return
         try:
             body.delay(results)
@@ -586,20 +629,24 @@ class PostgresBackend(DatabaseBackend):
             raise  # broker and database are waited for
         except Exception as error:
             _log.exception("chord %s: its body cannot be launched", group_id)
-            self._fail_chord(body, ChordError(f"Callback error: {error!r}"))
+            self._fail_chord(body, ChordError(f"Callback error: {error!r}"), part)
 
-    def _fail_chord(self, body: Any, error: ChordError) -> None:
+    def _fail_chord(self, body: Any, error: ChordError, part: Any) -> None:
         """The body fails without having run; so does a chord that it is a part of."""
         self.chord_error_from_stack(body, error)
         options = body.options
+        rest = options.get("chain")
+        for signature in (body, *rest[:1]) if rest else (body,):
+            self._cut_off(signature, error, "FAILURE", part)
         if options.get("chord"):
-            part = Context(
+            outer = Context(
                 id=body.id,
                 group=options.get("group_id"),
                 group_index=options.get("group_index"),
                 chord=options["chord"],
+                root_id=part.root_id,
             )
-            self.on_chord_part_return(part, "FAILURE", error)
+            self.on_chord_part_return(outer, "FAILURE", error)
 
     def _results_of_chord(self, group_id: str, parts: Sequence[ChordPart]) -> list[Any]:
         """What the parts have returned, in the header's structure.
@@ -714,6 +761,33 @@ def _owner_of_chord(body: Any) -> TenantContext | None:
     """Whose a chord is: its body's tenant, who has launched it, whoever's its parts are."""
     carried = find((getattr(body, "options", None) or {}).get("headers"))
     return current_tenant() if carried is None else decode(carried).tenant
+
+
+def _last_task(signature: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The task with which a chain or chord ends; None if that is a group."""
+    last: Any = signature
+    while last is not None and (kind := last.get("subtask_type")) in ("chain", "group", "chord"):
+        if kind == "group":
+            return None
+        inside = last.get("kwargs") or {}
+        last = inside.get("body") if kind == "chord" else next(iter(reversed(inside.get("tasks") or ())), None)
+    found: Mapping[str, Any] | None = last
+    return found
+
+
+def _request_of(signature: Mapping[str, Any]) -> Context:
+    """The request of a task that is not run, as Celery makes it of the rest of a chain."""
+    request: Any = Context(dict(signature))
+    options = signature.get("options") or {}
+    request.update(options, id=options.get("task_id"), group=options.get("group_id"))
+    found: Context = request
+    return found
+
+
+def _reason(request: Any, error_type: str | None) -> str | None:
+    """Why a task has failed that no retry policy was asked about."""
+    was_run = request is None or "subtask_type" not in vars(request)  # which signatures have, and no message
+    return reason_of(error_type) if was_run or error_type == ChordError.__name__ else CUT_OFF
 
 
 def _can_be_stored(text: str) -> bool:

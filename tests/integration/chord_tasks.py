@@ -14,6 +14,7 @@ from typing import Any
 from celery import Celery, signals
 
 from rhesis_tasks import BaseTask, TenantContext, configure, tenant_scope
+from rhesis_tasks.hooks import TaskOutcome, on_tenant_failure
 
 app = Celery("chord_tasks")
 configure(app)
@@ -65,6 +66,11 @@ def whose(self: BaseTask, value: Any) -> list[Any]:
 
 @app.task(base=BaseTask)
 def broken(value: Any) -> None:
+    raise ValueError(f"{value} is broken")
+
+
+@app.task(base=BaseTask, ignore_result=True)
+def quietly_broken(value: Any) -> None:
     raise ValueError(f"{value} is broken")
 
 
@@ -145,6 +151,12 @@ def fragile(self: BaseTask, results: Any) -> Any:
     """The first process that is about to publish it dies."""
     note("body", self.request.id)
     return results
+
+
+@on_tenant_failure(app, task="chord_tasks.*")
+def told(outcome: TaskOutcome) -> None:
+    tenant = outcome.tenant.organization_id if outcome.tenant else None
+    note("told", outcome.key, tenant, type(outcome.error).__name__, outcome.root_id, outcome.reason)
 
 
 @app.task(base=BaseTask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from rhesis_tasks import BaseTask, TenantContext, configure, launch_with_context, tenant_scope, unconfigure
 from rhesis_tasks.headers import HEADER, Envelope, encode
+from rhesis_tasks.hooks import on_tenant_failure
 from rhesis_tasks.postgres.engines import shared_engine
 from rhesis_tasks.postgres.results import TaskRecord
 from rhesis_tasks.postgres.schema import create_schema
@@ -341,6 +342,59 @@ def test_a_part_that_expires_in_its_queue_fails_the_body(rig: Rig) -> None:
     assert record is not None and record.state == "expired"
 
 
+A_PART = "ChordError", "a part of its chord failed, and it was not run"
+A_TASK = "ValueError", "a task before it in its chain failed, and it was not run"
+NEVER_BEGINS: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
+    "the body of a chord": (lambda t: chord([t.broken.si(1), t.echo.si(2)], t.total.s()), A_PART),
+    "a body that is a chain": (lambda t: chord([t.broken.si(1)], chain(t.total.s(), t.echo.s())), A_PART),
+    "a body that is a chord": (lambda t: chord([t.broken.si(1)], chord([t.echo.si(2)], t.total.s())), A_PART),
+    "what follows a group": (lambda t: chain(group(t.broken.si(1), t.echo.si(2)), t.total.s(), t.echo.s()), A_PART),
+    "what follows a chord": (lambda t: chain(t.echo.si(1), chord([t.broken.si(1)], t.total.s()), t.echo.s()), A_PART),
+    "around a chord": (lambda t: chord([chord([t.broken.si(1)], t.total.s()), t.echo.si(2)], t.total.s()), A_PART),
+    "around a chain": (
+        lambda t: chord([chain(t.broken.si(1), chord([t.echo.si(2)], t.total.s())), t.echo.si(3)], t.total.s()),
+        A_PART,
+    ),
+    "the end of a chain": (lambda t: chain(t.broken.si(1), t.echo.s(), t.echo.s()), A_TASK),
+    "the end of a chain in a chain": (lambda t: chain(chain(t.broken.si(1), t.echo.s()), t.echo.s()), A_TASK),
+    "a chord at the end of a chain": (lambda t: chain(t.broken.si(1), chord([t.echo.si(2)], t.total.s())), A_TASK),
+    "after a task that ignores its result": (lambda t: chain(t.quietly_broken.si(1), t.echo.s()), A_TASK),
+}
+
+
+@pytest.mark.parametrize("what", NEVER_BEGINS)
+def test_what_never_begins_has_failed_and_its_end_is_told(rig: Rig, what: str) -> None:
+    canvas, (error, reason) = NEVER_BEGINS[what]
+
+    result = launch_with_context(canvas(rig.tasks), context=A)
+
+    def told() -> list[str]:
+        return [line for line in rig.lines().elements() if line.startswith(f"told {result.id}:failure ")]
+
+    wait_until("hooks to be told", told, TIMEOUT)
+    rig.settle()
+    record = rig.record(result.id)
+    assert record is not None
+    assert (record.state, record.error_type, record.failure_reason) == ("failure", error, reason)
+    [line] = told()
+    assert line.startswith(f"told {result.id}:failure tenant-a {error} ")
+    assert line.endswith(f" {reason}")
+
+
+def test_of_a_chain_that_is_cut_off_the_last_task_is_told_as_part_of_the_run(rig: Rig) -> None:
+    ids = [uuid() for _ in range(3)]
+    tasks = [rig.tasks.broken.si(1), *(rig.tasks.echo.si(2) for _ in ids[1:])]
+    whole = chain(*(task.set(task_id=task_id) for task, task_id in zip(tasks, ids, strict=True)), rig.tasks.echo.s())
+
+    result = launch_with_context(whole, context=A)
+
+    last = f"told {result.id}:failure tenant-a ValueError {ids[0]} {A_TASK[1]}"
+    rig.until(last)
+    rig.settle()
+    told = [line.split()[1].removesuffix(":failure") for line in rig.lines().elements() if line.startswith("told ")]
+    assert sorted(each for each in told if each in (*ids, result.id)) == sorted((ids[0], result.id))
+
+
 END_OF_A_FIRST_TASK = {
     "cancelled": ({"countdown": 2}, "revoked"),
     "cancelled, compressed": ({"countdown": 2, "compression": "zlib"}, "revoked"),
@@ -606,6 +660,64 @@ def test_a_body_that_can_never_be_published_fails_with_the_reason(app: Celery, m
 
     with tenant_scope(A), pytest.raises(ChordError, match="it is too large"):
         app.AsyncResult(part.chord["options"]["task_id"]).get(timeout=TIMEOUT)
+
+
+@pytest.fixture
+def destinations() -> Iterator[list[tuple[str, str]]]:
+    """The names of the tasks that are published, and where to."""
+    found: list[tuple[str, str]] = []
+
+    def note(sender: str, routing_key: str, **_: Any) -> None:
+        found.append((sender, routing_key))
+
+    signals.before_task_publish.connect(note, weak=False)
+    yield found
+    signals.before_task_publish.disconnect(note)
+
+
+def end_badly(app: Celery, **options: Any) -> str:
+    """The only part of a chord fails; the id of the body."""
+    [part] = begun(app, 1)
+    part.chord["options"] |= options
+    app.backend.on_chord_part_return(part, "FAILURE", ValueError("broken"))
+    return str(part.chord["options"]["task_id"])
+
+
+@pytest.mark.parametrize("by", ["the signature", "the routes", "the default"])
+def test_a_bodys_hooks_are_run_where_it_would_have_been(
+    app: Celery, destinations: list[tuple[str, str]], by: str
+) -> None:
+    on_tenant_failure(app)(lambda _: None)
+    if by == "the routes":
+        app.conf.task_routes = {"total": {"queue": "elsewhere"}, "rhesis_tasks.*": {"queue": "nowhere"}}
+
+    end_badly(app, **({"queue": "elsewhere"} if by == "the signature" else {}))
+
+    queue = app.conf.task_default_queue if by == "the default" else "elsewhere"
+    assert destinations == [("rhesis_tasks.run_hooks", queue)]
+
+
+def test_a_body_without_hooks_is_told_nothing_of(app: Celery, destinations: list[tuple[str, str]]) -> None:
+    on_tenant_failure(app, task="another")(lambda _: None)
+
+    end_badly(app)
+
+    assert destinations == []
+
+
+def test_a_body_that_was_cancelled_before_has_not_failed(app: Celery, destinations: list[tuple[str, str]]) -> None:
+    on_tenant_failure(app)(lambda _: None)
+    [part] = begun(app, 1)
+    body_id = part.chord["options"]["task_id"]
+    with tenant_scope(A):
+        app.backend.record_launch(body_id, "total")
+        assert cancel_task(app, body_id) is Cancellation.CANCELLED
+
+    app.backend.on_chord_part_return(part, "FAILURE", ValueError("broken"))
+
+    with tenant_scope(A):
+        assert app.backend.get_record(body_id).state == "revoked"
+    assert destinations == []
 
 
 def test_parts_are_not_complete_while_it_is_not_known_how_many_there_are(app: Celery, published: list[str]) -> None:

@@ -759,9 +759,9 @@ def test_a_task_that_the_worker_does_not_know_fails_for_its_tenant(rig: Rig) -> 
 
 @pytest.mark.parametrize("rig", ["prefork"], indirect=True)
 @pytest.mark.parametrize("ending", ["exception", "hard_limit", "lost", "terminated", "expired", "revoked"])
-def test_a_chords_error_callbacks_run_once_for_the_tenant_that_launched_it(rig: Rig, ending: str) -> None:
+def test_a_chords_error_callbacks_and_hooks_run_once_for_the_tenant_that_launched_it(rig: Rig, ending: str) -> None:
     """Most of these endings are dealt with in the main process."""
-    tasks = rig.tasks
+    tasks, hooks = rig.tasks, {f"{whose} failure" for whose in ("own", "the application's", "the application's async")}
     header_ids = {uuid(): A, uuid(): B}
     bodies: dict[str, TenantContext] = {}
     for header_id, tenant in header_ids.items():
@@ -776,12 +776,18 @@ def test_a_chords_error_callbacks_run_once_for_the_tenant_that_launched_it(rig: 
 
     for body_id in bodies:
         rig.until("the chord's error callbacks", body_id, lambda seen: {"errback1", "errback3"} <= seen.keys())
+        rig.until("the body's hooks", body_id, lambda seen: hooks <= seen.keys())
     rig.settle()
 
     for body_id, tenant in bodies.items():
         organization, label = tenant.organization_id, f"label of {tenant.organization_id}"
-        calls = [(line["what"], line["org"], line["label"]) for line in rig.lines() if line["task_id"] == body_id]
-        assert sorted(calls) == [("errback1", organization, label), ("errback3", organization, label)]
+        lines = [line for line in rig.lines() if line["task_id"] == body_id]
+        calls = [(line["what"], line["org"], line["label"]) for line in lines]
+        assert sorted(calls) == sorted((what, organization, label) for what in {"errback1", "errback3"} | hooks)
+        told = {(line["error"], line["reason"], line["key"]) for line in lines if "hook" in line}
+        assert told == {("ChordError", "a part of its chord failed, and it was not run", f"{body_id}:failure")}
+        outcomes = [line["task_outcome"] for line in rig.log() if line["task_id"] == body_id and line["task_outcome"]]
+        assert outcomes == ["failure"]
         record = rig.record(body_id, tenant)
         assert record is not None
         assert (record.state, record.error_type, record.organization_id) == ("failure", "ChordError", organization)

@@ -31,6 +31,7 @@ from queue_rig import (  # noqa: F401  # fixtures
     tenant_database,
     worker,
 )
+from sqlalchemy import text
 
 from rhesis_tasks.postgres.queue import Claimed, MessageQueue
 from rhesis_tasks.processes import wait_until
@@ -553,3 +554,20 @@ def test_a_claim_that_acknowledges_and_the_end_of_its_consumer_wait_for_each_oth
     assert (bodies(messages), late) == ([b"2"], [])
     assert tending.result(DEADLINE).known is False
     assert holders(sql) == [(b"2", None, 1)]
+
+
+def test_a_look_that_finds_nothing_writes_nothing(queue: MessageQueue, tenant_database: TenantDatabase) -> None:
+    """Or each would wait for the disk."""
+    queue.declare_queue("a")
+    consumer = queue.new_consumer()
+    queue.attach(consumer, "idle", ["a"], hold_lock=False)
+    queue.claim(consumer, ["a"], 1)
+
+    with tenant_database.owner.begin() as connection:
+        looked = connection.exec_driver_sql(
+            "SELECT * FROM rhesis_tasks.claim("
+            f"{consumer}, '{{}}', '{{}}', '{{a}}', 8, '{{}}', 0, true, 5, 30, '{{}}', '{{}}', '{{}}')"
+        ).all()
+        transaction = connection.scalar(text("SELECT pg_current_xact_id_if_assigned()"))
+
+    assert (looked, transaction) == ([], None)

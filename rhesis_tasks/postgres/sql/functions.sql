@@ -320,9 +320,8 @@ BEGIN
 END
 $$;
 
--- A consumer that was gone holds something from now on: it is there again, to be taken for dead once more.  For claim()
--- alone, as whom it runs.  (One that is there is locked by claim(): whoever takes it for dead waits until that has
--- committed.)
+-- A consumer holds something from now on: whoever takes it for dead at this moment waits until we have committed, or
+-- we find it gone, and it is there again, to be taken for dead once more.  For claim() alone, as whom it runs.
 CREATE OR REPLACE FUNCTION @schema@.hold(consumer_id integer) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -395,11 +394,12 @@ DECLARE
     found_rows integer;
     number     integer;
     claimed    integer := 0;
-    is_known   boolean := true;
+    is_known   boolean := false;  -- and locked until we have committed
     in_vain    double precision;  -- seconds for which a message has waited in vain for who holds nothing
 BEGIN
-    IF slots > 0 THEN
-        -- Before any message, as whoever takes us for dead does: else each could wait for the other.
+    IF slots > 0 AND cardinality(acked) > 0 THEN
+        -- Before any message of ours, as whoever takes us for dead does: else each could wait for the other.  (Not where
+        -- there is none: a look that finds nothing writes nothing.)
         PERFORM FROM @schema@.consumer c WHERE c.id = consumer_id FOR KEY SHARE;
         is_known := FOUND;
     END IF;

@@ -294,40 +294,37 @@ def test_a_gevent_worker_says_which_tasks_it_cannot_run(tasks_and_database: tupl
     assert "has async def tasks, which a gevent worker cannot run: async_tasks.cancels_itself" in ended.stderr
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_a_worker_that_is_told_to_stop_lets_its_coroutine_end(
-    tasks_and_database: tuple[Any, TenantDatabase], pool: str
-) -> None:
-    tasks, database = tasks_and_database
+@pytest.fixture(params=["prefork", "threads", "solo"])
+def stopping(request: pytest.FixtureRequest, tasks_and_database: tuple[Any, TenantDatabase]) -> Iterator[Rig]:
+    """With a worker of its own, to be told to stop."""
+    (tasks, database), pool = tasks_and_database, request.param
     queue = f"stopping-{pool}"
     env = {"DATABASE_URL": database.url}
     with running_worker(
         "async_tasks", cwd=HERE, pool=pool, concurrency=1, env=env, arguments=["-Q", queue, "-n", f"{queue}@test"]
     ) as worker:
-        rig = Rig(tasks, worker, queue, database)
-        launched = rig.launch(A, tasks.takes_a_while)
-        wait_until("the task to start", lambda: rig.record(launched.id, A).state == "started", TIMEOUT)
-        worker.process.send_signal(signal.SIGTERM)
-        wait_until("the worker to stop", lambda: not worker.running, TIMEOUT)
-
-        assert rig.record(launched.id, A).result == "done"
-        assert "Traceback" not in worker.output
+        yield Rig(tasks, worker, queue, database)
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
-def test_a_worker_that_is_told_to_stop_does_not_wait_for_a_thread_that_a_task_has_left(
-    tasks_and_database: tuple[Any, TenantDatabase], pool: str
-) -> None:
-    tasks, database = tasks_and_database
-    queue = f"stopping-left-{pool}"
-    env = {"DATABASE_URL": database.url}
-    with running_worker(
-        "async_tasks", cwd=HERE, pool=pool, concurrency=1, env=env, arguments=["-Q", queue, "-n", f"{queue}@test"]
-    ) as worker:
-        rig = Rig(tasks, worker, queue, database)
-        record = rig.run(A, tasks.gives_up_a_thread)
-        worker.process.send_signal(signal.SIGTERM)
-        wait_until("the worker to stop", lambda: not worker.running, TIMEOUT)
+def stop(worker: Child) -> None:
+    worker.process.send_signal(signal.SIGTERM)
+    wait_until("the worker to stop", lambda: not worker.running, TIMEOUT)
 
-        assert record.state == "success"
-        assert "Traceback" not in worker.finished_output()
+
+def test_a_worker_that_is_told_to_stop_lets_its_coroutine_end(stopping: Rig) -> None:
+    launched = stopping.launch(A, stopping.tasks.takes_a_while)
+    wait_until("the task to start", lambda: stopping.record(launched.id, A).state == "started", TIMEOUT)
+
+    stop(stopping.worker)
+
+    assert stopping.record(launched.id, A).result == "done"
+    assert "Traceback" not in stopping.worker.output
+
+
+def test_a_worker_that_is_told_to_stop_does_not_wait_for_a_thread_that_a_task_has_left(stopping: Rig) -> None:
+    record = stopping.run(A, stopping.tasks.gives_up_a_thread)
+
+    stop(stopping.worker)
+
+    assert record.state == "success"
+    assert "Traceback" not in stopping.worker.finished_output()

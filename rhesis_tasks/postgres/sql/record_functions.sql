@@ -303,7 +303,8 @@ BEGIN
 END
 $$;
 
--- A chord is launched: how many parts it has (NULL while that is not known), and how many its parts have added.
+-- A chord is launched: how many parts it has (NULL while that is not known).  How many its parts have added is what
+-- workers of earlier versions say here; see chord_add().
 CREATE OR REPLACE FUNCTION @schema@.chord_size(its_organization text, its_id text, its_size integer, more integer)
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
